@@ -1,0 +1,104 @@
+"""The only package that talks to NATS. `Broker` is one environment on one connection, with a noun for each part."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Self
+
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from mesh.broker import schema
+from mesh.broker.calls import Calls
+from mesh.broker.connection import Connection, Headers, NoResponders, Stored, StoreError, Unanswered, translated
+from mesh.broker.fleet import Attempts, Locks, Runs, Workers
+from mesh.broker.leases import Lease, Puller
+from mesh.broker.registry import Registry
+from mesh.broker.results import Results
+from mesh.config import Settings
+from mesh.protocol import new_client_token
+from mesh.topology import Topology
+
+__all__ = ["Broker", "Lease", "NoResponders", "Puller", "StoreError", "Stored", "Unanswered", "translated"]
+
+
+class Broker:
+    """One environment, as SDK, CLI and workers see it.
+
+    Attributes:
+        token: ends the id of every call this client makes. client: how others see it, `host/pid`.
+    """
+
+    def __init__(self, connection: Connection, topology: Topology, settings: Settings) -> None:
+        self.connection = connection
+        self.topology = topology
+        self.settings = settings
+        self.token = new_client_token()
+        self.client = f"{socket.gethostname()}/{os.getpid()}"
+        self.calls = Calls(connection, topology, settings.submit_timeout)
+        self.results = Results(connection, topology, self.token)
+        self.registry = Registry(connection, topology)
+        self.workers = Workers(connection, topology)
+        self.runs = Runs(connection, topology)
+        self.attempts = Attempts(connection, topology)
+        self.locks = Locks(connection, topology)
+
+    @classmethod
+    async def open(cls, settings: Settings, *, role: str = "client") -> Self:
+        """Connect to the server that the settings name.
+
+        Raises:
+            ConnectionError, AuthError: it cannot be reached, or refuses us.
+        """
+        name = f"mesh {role} {socket.gethostname()}/{os.getpid()}"
+        connection = await Connection.open(settings.with_server(), name)
+        return cls(connection, Topology(settings.environment), settings)
+
+    def of_environment(self, environment: str) -> Broker:
+        """Another environment on the same connection."""
+        return Broker(self.connection, Topology(environment), self.settings)
+
+    async def close(self) -> None:
+        """Close the connection. Doing it twice is harmless."""
+        await self.results.close()
+        await self.connection.close()
+
+    async def ensure(self) -> list[str]:
+        """Create what is missing of the environment; returns the names of what was made."""
+        return await schema.ensure(self.connection, self.topology, schema.limits_from(self.settings))
+
+    async def check(self) -> None:
+        """See that the server is there, speaks JetStream, and is new enough."""
+        await schema.check_server(self.connection)
+
+    async def ack_wait(self) -> float:
+        """Seconds after which an unrenewed lease goes to another worker."""
+        return await schema.read_ack_wait(self.connection, self.topology)
+
+    async def max_age(self) -> float:
+        """Seconds this environment keeps results."""
+        return await schema.read_max_age(self.connection, self.topology)
+
+    # --- output of functions -----------------------------------------------------------------------------------------
+
+    async def log(self, subject: str, text: str, headers: Headers) -> None:
+        """Send output on; whoever listens gets it, and `MESH_LOGS` keeps it for a while."""
+        await self.connection.publish(subject, text.encode("utf-8", "replace"), headers)
+
+    async def follow_logs(self, app: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
+        """Be given the output of an app's functions as it comes."""
+        return await self.connection.subscribe(self.topology.log_filter(app=app), callback)
+
+    # --- dead letters ------------------------------------------------------------------------------------------------
+
+    async def bury(self, subject: str, lease: Lease, reason: Headers) -> None:
+        """Copy an input that failed for good to the dead letters; the same one twice is one."""
+        headers = {name: text for name, text in lease.headers.items() if not name.startswith("Nats-")}
+        headers |= reason | {"Nats-Expected-Last-Subject-Sequence": "0"}
+        try:
+            await self.connection.store(subject, lease.body, headers)
+        except StoreError as error:
+            if error.code != 10071:
+                raise

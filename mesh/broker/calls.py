@@ -1,0 +1,118 @@
+"""Submitting calls and finding them again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+from mesh.broker.connection import (
+    WRONG_LAST_SEQUENCE,
+    Connection,
+    Stored,
+    StoreError,
+    Unanswered,
+    translated,
+)
+from mesh.exception import ConnectionError, InvalidError, RequestSizeError
+from mesh.protocol import Address, Input
+from mesh.topology import Topology
+
+_ONE_TRY = 5.0  # seconds one publish waits for its answer before it is repeated
+_LISTED = 256  # messages in one read of a listing
+
+
+class Calls:
+    """The stream of inputs, as clients see it."""
+
+    def __init__(self, connection: Connection, topology: Topology, submit_timeout: float) -> None:
+        self._connection = connection
+        self._topology = topology
+        self._submit_timeout = submit_timeout
+
+    async def submit(self, input: Input) -> None:
+        """Store one input; returns once the server has it.
+
+        A publish without an answer is repeated, marked, because a restarted server forgets which ids it knew: the
+        worker then looks for a result before it runs a marked input.
+
+        Raises:
+            ResourceExhaustedError: the queue is full; nothing was stored.
+            RequestSizeError: it is too large for a message.
+            ConnectionError: no answer within `submit_timeout`; it may have been accepted.
+        """
+        self._check_size(input)
+        subject = self._topology.call_subject(input.address)
+        deadline = time.monotonic() + self._submit_timeout
+        async with translated(f"submitting {input.address.path}"):
+            while True:
+                try:
+                    await self._publish(subject, input, min(_ONE_TRY, deadline - time.monotonic()))
+                    return
+                except Unanswered as error:
+                    if time.monotonic() >= deadline:
+                        raise ConnectionError(
+                            f"call {input.address.call} to {input.address.path}: no answer from the server within "
+                            f"{self._submit_timeout:g} s ({error}); it may have been accepted"
+                        ) from error
+                    input = replace(input, resubmit=True)
+                    await asyncio.sleep(0.05)
+
+    async def _publish(self, subject: str, input: Input, timeout: float) -> None:
+        headers = input.headers()
+        headers["Nats-Msg-Id"] = input.address.key
+        headers["Nats-Expected-Last-Subject-Sequence"] = "0"
+        try:
+            await self._connection.store(subject, input.body, headers, timeout=max(timeout, 0.1))
+        except StoreError as error:
+            if error.code != WRONG_LAST_SEQUENCE:  # which says that it is queued already: an earlier try arrived
+                raise
+
+    def _check_size(self, input: Input) -> None:
+        limit = self._connection.inline_limit
+        size = len(input.body) + sum(len(k) + len(v) + 4 for k, v in input.headers().items())
+        if size > limit:
+            raise RequestSizeError(
+                f"the arguments of this call to {input.address.path} take {len(input.body):,} bytes; the limit is "
+                f"{limit:,}: pass a path or a key to where the data is"
+            )
+
+    async def find(self, call: str, index: int = 0, *, at: Address | None = None) -> Stored | None:
+        """The message of an input that has not ended; `None` if there is none. Faster where its address is known."""
+        stream = self._topology.calls
+        if at is not None:
+            return await self._connection.get(stream, self._topology.call_subject(at))
+        found = await self._connection.get_many(stream, [self._topology.call_filter(call=call, index=str(index))])
+        return found[0] if found else None
+
+    async def of_app(self, app: str, count: int = _LISTED) -> list[Stored]:
+        """Up to `count` inputs of an app that have not ended, the oldest first."""
+        return await self._connection.get_range(self._topology.calls, 1, count, self._topology.call_filter(app=app))
+
+    async def newest(self, count: int) -> list[Stored]:
+        """The newest inputs that have not ended, newest first. Reads from the end, in windows that grow."""
+        info = await self._connection.api(f"STREAM.INFO.{self._topology.calls}")
+        first, last = info["state"]["first_seq"], info["state"]["last_seq"]
+        found: list[Stored] = []
+        end, window = last, 2 * count
+        while end >= first and len(found) < count and info["state"]["messages"]:
+            start = max(first, end - window + 1)
+            page = await self._connection.get_range(self._topology.calls, start, end - start + 1)
+            found += sorted((m for m in page if m.sequence <= end), key=lambda m: -m.sequence)
+            end, window = start - 1, min(4 * window, 16_384)
+        return found[:count]
+
+    async def counts(self, filter: str) -> dict[str, int]:
+        """Inputs that have not ended, by subject."""
+        return await self._connection.subjects(self._topology.calls, filter)
+
+    async def delete(self, sequence: int) -> bool:
+        """Take one input out of the queue; false if it was gone. Never a purge: that strands other calls."""
+        return await self._connection.delete(self._topology.calls, sequence)
+
+    def address(self, stored: Stored) -> Address | None:
+        """Whose input a message is; `None` if it is nobody's."""
+        try:
+            return self._topology.parse_call(stored.subject)
+        except InvalidError:
+            return None

@@ -1,0 +1,468 @@
+"""One connection to NATS: requests, JetStream publishes and reads, with every wait bounded and every error translated.
+
+On top of nats-py, which reconnects and resubscribes. Ours are the things it does not do: a request fails at once when
+the connection breaks instead of waiting for its timeout, waits for the connection to come back before it is sent, and
+gets the text of a permission violation, which the server reports apart from the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js.object_store import ObjectStore
+
+from mesh import exception
+from mesh.config import Settings
+
+logger = logging.getLogger("mesh.broker")
+
+REQUEST_TIMEOUT = 5.0  # seconds for one answer of the server
+HEADROOM = 1024  # bytes kept free below max_payload: one byte over it closes a nats-py connection for good
+_INLINE_LIMIT = 512 << 10
+_MULTI_GET = 500  # keys in one read; the server answers 413 above 1,024
+_BATCH = 1000  # messages of an atomic batch, the server's limit
+
+Headers = dict[str, str]
+
+
+class StoreError(Exception):
+    """JetStream refused. `code` is its err_code, which tells the reasons apart better than the HTTP-like status."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{text} (JetStream error {code})")
+        self.code = code
+        self.text = text
+
+
+class Unanswered(Exception):
+    """No answer: the connection broke or the time ran out. Whether the server did what was asked is not known."""
+
+
+class NoResponders(Exception):
+    """Nobody listens on the subject: no such stream or consumer, or JetStream is off."""
+
+
+# JetStream error codes we act on.
+WRONG_LAST_SEQUENCE = 10071
+STREAM_NOT_FOUND = 10059
+CONSUMER_NOT_FOUND = 10014
+MESSAGE_NOT_FOUND = (10037, 10043)
+NAME_IN_USE = 10058
+JETSTREAM_DISABLED = (10039, 10076)
+_EXHAUSTED = frozenset({10002, 10023, 10026, 10028, 10047, 10077, 10122})
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A message read from a stream."""
+
+    subject: str
+    sequence: int
+    time: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A request under way; `many` collects answers until the one that ends them."""
+
+    future: asyncio.Future[Msg]
+    many: list[Msg] | None = None
+
+
+@dataclass(slots=True)
+class _Events:
+    """Who is told of what happens to the connection."""
+
+    reconnected: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
+    disconnected: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
+    closed: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
+
+
+class Connection:
+    """A connection to one mesh's server. Belongs to the event loop that opened it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client = Client()
+        self._up = asyncio.Event()
+        self._inbox = ""
+        self._tokens = itertools.count()
+        self._waiting: dict[str, _Waiting] = {}
+        self._errors: list[Exception] = []
+        self._violation: tuple[float, str] = (0.0, "")
+        self.events = _Events()
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    @classmethod
+    async def open(cls, settings: Settings, name: str) -> Connection:
+        """Connect, under a `name` that the server's own listings show.
+
+        Raises:
+            ConnectionError: nobody answers there.
+            AuthError: the server refuses these credentials.
+        """
+        connection = cls(settings)
+        await connection._connect(name)
+        return connection
+
+    async def _connect(self, name: str) -> None:
+        servers = [part.strip() for part in self._settings.nats_url.split(",")]
+        credentials = {"user_credentials": self._settings.credentials} if self._settings.credentials else {}
+        try:
+            await self._client.connect(
+                servers=servers,
+                name=name,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_disconnected,
+                reconnected_cb=self._on_reconnected,
+                closed_cb=self._on_closed,
+                connect_timeout=3,
+                reconnect_time_wait=0.1,  # type: ignore[arg-type]  # annotated as int, used as seconds
+                max_reconnect_attempts=1,
+                ping_interval=8,
+                max_outstanding_pings=2,  # a half-open connection is noticed within 20 s
+                pending_size=64 << 20,
+                **credentials,  # type: ignore[arg-type]
+            )
+        except Exception as error:
+            raise self._connect_error(error) from error
+        # The first attempt is short so that a wrong address is told at once; from here on, never give up.
+        self._client.options["max_reconnect_attempts"] = -1
+        self._client.options["reconnect_time_wait"] = 0.25
+        self._inbox = self._client.new_inbox()
+        await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer, pending_bytes_limit=1 << 30)
+        self._up.set()
+
+    def _connect_error(self, error: Exception) -> exception.Error:
+        reasons = " · ".join(dict.fromkeys(str(e) or type(e).__name__ for e in [*self._errors, error]))
+        where = self._settings.safe_url
+        if "Authorization" in reasons or "auth" in reasons.lower():
+            hint = "set user and password in MESH_NATS_URL, or MESH_NATS_CREDENTIALS"
+            return exception.AuthError(f"{where} refused these credentials: {hint} ({reasons})")
+        hint = "start a mesh with `mesh up`, or set MESH_NATS_URL to where it is"
+        return exception.ConnectionError(f"cannot reach {where}: {reasons}. {hint}")
+
+    async def close(self) -> None:
+        """Send what is buffered, and close. Doing it twice is harmless."""
+        with contextlib.suppress(Exception):  # a connection that broke cannot be closed any better
+            await asyncio.wait_for(self._client.close(), 2)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._client.is_closed
+
+    @property
+    def is_up(self) -> bool:
+        return self._up.is_set()
+
+    @property
+    def needs_credentials(self) -> bool:
+        """Whether the server asks its clients who they are."""
+        return bool(self._client._server_info.get("auth_required"))  # nats-py shows it nowhere else
+
+    @property
+    def inline_limit(self) -> int:
+        """Bytes that body and headers of one message may have together."""
+        return min(_INLINE_LIMIT, self._client.max_payload - HEADROOM)
+
+    # --- what nats-py reports ----------------------------------------------------------------------------------------
+
+    async def _on_error(self, error: Exception) -> None:
+        text = str(error)
+        if "permissions violation" in text.lower():
+            self._violation = (time.monotonic(), text.removeprefix("nats: "))
+            logger.warning("%s", text)
+        elif not self._up.is_set() and len(self._errors) < 4:
+            self._errors.append(error)
+        elif self._up.is_set():
+            logger.debug("%r", error)
+
+    async def _on_disconnected(self) -> None:
+        if not self._up.is_set():
+            return
+        self._up.clear()
+        for waiting in list(self._waiting.values()):
+            if not waiting.future.done():
+                waiting.future.set_exception(Unanswered("the connection broke"))
+        for tell in self.events.disconnected:
+            tell()
+
+    async def _on_reconnected(self) -> None:
+        self._errors.clear()
+        self._up.set()
+        for tell in self.events.reconnected:
+            tell()
+
+    async def _on_closed(self) -> None:
+        self._up.set()  # whoever waits for the connection goes on, and learns that it is closed
+        for tell in self.events.closed:
+            tell()
+
+    async def _on_answer(self, message: Msg) -> None:
+        waiting = self._waiting.get(message.subject.rpartition(".")[2])
+        if waiting is None or waiting.future.done():
+            return
+        if waiting.many is None or status(message):
+            waiting.future.set_result(message)
+        else:
+            waiting.many.append(message)
+
+    # --- core NATS ---------------------------------------------------------------------------------------------------
+
+    async def publish(self, subject: str, body: bytes = b"", headers: Headers | None = None, reply: str = "") -> None:
+        """A core message. While disconnected it is kept and sent after; nobody confirms that it arrived."""
+        self._check_size(body, headers)
+        try:
+            await self._client.publish(subject, body, reply=reply, headers=headers)
+        except nats.errors.Error as error:
+            raise self._closed_error() if self.is_closed else exception.ConnectionError(str(error)) from error
+
+    async def subscribe(
+        self, subject: str, callback: Callable[[Msg], Awaitable[None]], *, queue: str = ""
+    ) -> Subscription:
+        """Call `callback` with each message; subscribed again after a reconnect."""
+        return await self._client.subscribe(subject, queue, cb=callback, pending_bytes_limit=1 << 30)
+
+    def new_inbox(self) -> str:
+        """The start of subjects that only this connection listens to."""
+        return self._client.new_inbox()
+
+    async def flush(self) -> None:
+        """Wait until the server has read everything sent so far."""
+        try:
+            await self._client.flush(5)
+        except nats.errors.Error as error:
+            raise Unanswered(str(error)) from error
+
+    def _check_size(self, body: bytes, headers: Headers | None) -> None:
+        size = len(body) + sum(len(k) + 4 * len(v) + 4 for k, v in (headers or {}).items())
+        if size + HEADROOM > self._client.max_payload:
+            raise exception.RequestSizeError(
+                f"a message of {size:,} bytes is above what the server takes ({self._client.max_payload:,})"
+            )
+
+    async def _wait_up(self, deadline: float) -> None:
+        if not self._up.is_set():
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._up.wait()
+            except TimeoutError:
+                raise Unanswered(f"{self._settings.safe_url} cannot be reached") from None
+        if self.is_closed:
+            raise self._closed_error()
+
+    def _closed_error(self) -> exception.Error:
+        reason = str(self._client.last_error or "closed")
+        if "authorization" in reason.lower():
+            return exception.AuthError(f"{self._settings.safe_url} closed the connection: {reason}")
+        return exception.ClientClosed(f"the connection to {self._settings.safe_url} is closed: {reason}")
+
+    async def _exchange(
+        self, subject: str, body: bytes, headers: Headers | None, timeout: float, many: list[Msg] | None = None
+    ) -> Msg:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        await self._wait_up(deadline)
+        self._check_size(body, headers)
+        token = str(next(self._tokens))
+        waiting = self._waiting[token] = _Waiting(loop.create_future(), many)
+        began = time.monotonic()
+        try:
+            await self._client.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
+            async with asyncio.timeout_at(deadline):
+                return await waiting.future
+        except TimeoutError:
+            self._raise_violation(began)
+            raise Unanswered(f"no answer within {timeout:g} s") from None
+        except nats.errors.Error as error:
+            raise Unanswered(str(error)) from error
+        finally:
+            del self._waiting[token]
+
+    def _raise_violation(self, since: float) -> None:
+        when, text = self._violation
+        if when >= since:
+            raise exception.PermissionDeniedError(f"the server does not allow this: {text}")
+
+    async def request(
+        self, subject: str, body: bytes = b"", headers: Headers | None = None, *, timeout: float = REQUEST_TIMEOUT
+    ) -> Msg:
+        """One answer to one message.
+
+        Raises:
+            Unanswered: the connection broke, or no answer came in time.
+            NoResponders: nobody listens.
+            PermissionDeniedError: the server does not let this user.
+        """
+        answer = await self._exchange(subject, body, headers, timeout)
+        if status(answer) == "503":
+            raise NoResponders(subject)
+        return answer
+
+    # --- JetStream ---------------------------------------------------------------------------------------------------
+
+    async def api(self, name: str, values: Mapping[str, Any] | None = None, *, timeout: float = REQUEST_TIMEOUT) -> Any:
+        """A request of the JetStream API, `$JS.API.<name>`.
+
+        Raises:
+            StoreError: JetStream refused.
+            Unanswered, NoResponders: as `request`.
+        """
+        body = json.dumps(values).encode() if values is not None else b""
+        answer = await self.request(f"$JS.API.{name}", body, timeout=timeout)
+        return _checked(answer)
+
+    async def store(
+        self, subject: str, body: bytes, headers: Headers | None = None, *, timeout: float = REQUEST_TIMEOUT
+    ) -> dict[str, Any]:
+        """Publish into a stream; returns once it is stored.
+
+        Raises:
+            StoreError: refused. Unanswered: not known. NoResponders: no stream takes this subject.
+        """
+        return _checked(await self.request(subject, body, headers, timeout=timeout))
+
+    async def store_batch(self, messages: Sequence[tuple[str, bytes, Headers]]) -> dict[str, Any]:
+        """Publish up to 1,000 messages into one stream, all or none.
+
+        Raises:
+            StoreError: refused, all of them. Unanswered: not known.
+        """
+        if len(messages) > _BATCH:
+            raise exception.RequestSizeError(f"a batch may have {_BATCH} messages, not {len(messages)}")
+        batch = f"{self._inbox.rpartition('.')[2]}-{next(self._tokens)}"
+        await self._wait_up(asyncio.get_running_loop().time() + REQUEST_TIMEOUT)
+        for number, (subject, body, headers) in enumerate(messages[:-1], 1):
+            marked = {**headers, "Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
+            await self.publish(subject, body, marked)
+        subject, body, headers = messages[-1]
+        last = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(len(messages)), "Nats-Batch-Commit": "1"}
+        return await self.store(subject, body, {**headers, **last}, timeout=2 * REQUEST_TIMEOUT)
+
+    async def get(self, stream: str, subject: str) -> Stored | None:
+        """The last message of a subject, or `None`."""
+        answer = await self.request(f"$JS.API.DIRECT.GET.{stream}.{subject}")
+        return None if status(answer) else _stored(answer)
+
+    async def get_sequence(self, stream: str, sequence: int) -> Stored | None:
+        """The message with a sequence, or `None`."""
+        answer = await self.request(f"$JS.API.DIRECT.GET.{stream}", json.dumps({"seq": sequence}).encode())
+        return None if status(answer) else _stored(answer)
+
+    async def get_many(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+        """The last message of each subject that has one, in the order they were stored. Wildcards are allowed."""
+        found: list[Stored] = []
+        for start in range(0, len(subjects), _MULTI_GET):
+            found += await self._read(stream, {"multi_last": list(subjects[start : start + _MULTI_GET])})
+        return found
+
+    async def get_range(self, stream: str, sequence: int, count: int, subject: str = ">") -> list[Stored]:
+        """Up to `count` messages from a sequence upwards."""
+        return await self._read(stream, {"seq": sequence, "batch": count, "next_by_subj": subject})
+
+    async def _read(self, stream: str, query: Mapping[str, Any]) -> list[Stored]:
+        """A read with several answers. The end is marked by the server; what came before a break is thrown away."""
+        many: list[Msg] = []
+        body = json.dumps(query).encode()
+        end = await self._exchange(f"$JS.API.DIRECT.GET.{stream}", body, None, 4 * REQUEST_TIMEOUT, many)
+        if status(end) == "503":
+            raise NoResponders(stream)
+        if status(end) not in ("204", "404"):
+            raise StoreError(int(status(end)), f"reading {stream}: {(end.headers or {}).get('Description', 'refused')}")
+        return [_stored(message) for message in many]
+
+    async def subjects(self, stream: str, filter: str) -> dict[str, int]:
+        """The subjects of a stream that match, with how many messages each has."""
+        found: dict[str, int] = {}
+        while True:
+            query = {"subjects_filter": filter, "offset": len(found)}
+            info = await self.api(f"STREAM.INFO.{stream}", query, timeout=4 * REQUEST_TIMEOUT)
+            page: dict[str, int] = info["state"].get("subjects") or {}
+            found.update(page)
+            if not page or len(found) >= info.get("total", 0):
+                return found
+
+    async def objects(self, bucket: str) -> ObjectStore:
+        """An object store. Read from it into a file: nats-py joins bytes in quadratic time."""
+        return await self._client.jetstream().object_store(bucket)
+
+    async def delete(self, stream: str, sequence: int) -> bool:
+        """Delete one message; false if it was gone. A sequence is never reused, so this cannot hit a successor."""
+        try:
+            await self.api(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence})
+        except StoreError as error:
+            if error.code in MESSAGE_NOT_FOUND:
+                return False
+            raise
+        return True
+
+
+def status(message: Msg) -> str:
+    """The status the server gave instead of a message, such as `404`; empty for a message."""
+    headers = message.headers
+    return "" if not headers or message.data else headers.get("Status", "")
+
+
+def _checked(answer: Msg) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(answer.data)
+    except ValueError:
+        raise StoreError(0, f"not an answer of JetStream: {answer.data[:100]!r}") from None
+    error = values.get("error")
+    if error:
+        raise StoreError(error.get("err_code", 0), error.get("description", "refused"))
+    return values
+
+
+def _stored(message: Msg) -> Stored:
+    headers = message.headers or {}
+    return Stored(
+        headers.get("Nats-Subject", ""),
+        int(headers.get("Nats-Sequence", 0)),
+        headers.get("Nats-Time-Stamp", ""),
+        headers,
+        message.data,
+    )
+
+
+@contextlib.asynccontextmanager
+async def translated(doing: str) -> AsyncIterator[None]:
+    """Turn what JetStream says into mesh's errors, which name what was being done."""
+    try:
+        yield
+    except StoreError as error:
+        raise _translate(error, doing) from error
+    except Unanswered as error:
+        raise exception.ConnectionError(f"{doing}: {error}") from error
+    except NoResponders as error:
+        raise exception.NotFoundError(
+            f"{doing}: the server has no {error} here; create the environment with `mesh init`, or look whether "
+            "JetStream is on"
+        ) from error
+
+
+def _translate(error: StoreError, doing: str) -> exception.Error:
+    if error.code in _EXHAUSTED:
+        return exception.ResourceExhaustedError(f"{doing}: {error}")
+    if error.code in JETSTREAM_DISABLED:
+        return exception.ServiceError(f"{doing}: JetStream is not enabled on this server or for this account ({error})")
+    if error.code == WRONG_LAST_SEQUENCE:
+        return exception.ConflictError(f"{doing}: somebody else was first ({error})")
+    if error.code in (STREAM_NOT_FOUND, CONSUMER_NOT_FOUND):
+        return exception.NotFoundError(f"{doing}: {error}; create the environment with `mesh init`")
+    return exception.ServiceError(f"{doing}: {error}")

@@ -1,0 +1,432 @@
+"""The worker's side of one container: start it, give it inputs, cancel them, and know for certain when it has ended.
+
+A container is one process in a session of its own. Only the kernel's word that it exited ends it here: the end of a
+socket proves nothing, since what user code forked may hold it. Whatever the container started is killed with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mesh import frames
+from mesh.exception import FunctionTimeoutError, InternalFailure
+from mesh.frames import Cancel, Drop, Dropped, Frame, Log, Outcome, Ready, Start, StartFailed, Stop, Waiting, Work
+from mesh.protocol import Failure, failure
+
+logger = logging.getLogger("mesh.worker")
+
+FORCE_AFTER = 5.0  # seconds after which a cancelled task that blocks its loop is interrupted
+_LAST_WORDS = 1.0  # seconds to read what a container wrote before it ended
+_KEPT_VARIABLES = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
+    *("LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "PYTHONPATH", "VIRTUAL_ENV"),
+)
+
+
+def environment(own: Mapping[str, str], about: Mapping[str, str]) -> dict[str, str]:
+    """The variables a container starts with: a few of the worker's (never its credentials), the mesh's, the user's."""
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    return {**kept, "PYTHONUNBUFFERED": "1", "MESH_IS_REMOTE": "1", **about, **own}
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a container's process ended.
+
+    Attributes:
+        code: its exit status, or minus the signal that killed it. killed: by us, and why.
+        peak: the most memory it used, in bytes.
+    """
+
+    code: int
+    killed: str
+    peak: int
+
+    @property
+    def text(self) -> str:
+        """A few words for logs and errors."""
+        if self.killed:
+            return f"killed: {self.killed}"
+        if self.code < 0:
+            return f"killed by signal {-self.code} ({_signal_name(-self.code)})"
+        return f"exited with status {self.code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+@dataclass(slots=True, eq=False)
+class Assignment:
+    """An input given to a container. `owner` is whatever the pool knows it by.
+
+    Attributes:
+        began: monotonic time at which it began to run; 0 while it waits behind another one.
+        stopped: why it was cancelled, if it was. dropping: it was asked for back.
+    """
+
+    work: Work
+    owner: Any
+    timeout: float
+    began: float = 0.0
+    stopped: str = ""
+    dropping: bool = False
+    timers: list[asyncio.TimerHandle] = field(default_factory=list[asyncio.TimerHandle])
+
+
+class Listener(Protocol):
+    """Who is told what a container does: its pool."""
+
+    def on_ready(self, container: Container) -> None: ...
+    def on_start_failed(self, container: Container, failure: Failure) -> None: ...
+    def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None: ...
+    def on_dropped(self, container: Container, assignment: Assignment) -> None: ...
+    def on_output(self, container: Container, assignment: Assignment | None, stream: int, text: str) -> None: ...
+    def on_waiting(self, container: Container) -> None: ...
+    def on_timeout(self, container: Container, assignment: Assignment) -> None: ...
+    def on_exit(self, container: Container, lost: Sequence[Assignment], exit: Exit) -> None: ...
+
+
+class Container:
+    """One process that runs one function's code.
+
+    Attributes:
+        ready: the user's code is imported. waiting: all its inputs wait inside mesh. stopping: it gets no more inputs.
+        idle_since: monotonic time since when it has nothing to do. served: inputs it has finished.
+    """
+
+    def __init__(self, name: str, listener: Listener, cancel_grace: float) -> None:
+        self.name = name
+        self.started = time.monotonic()
+        self.ready = False
+        self.waiting = False
+        self.stopping = False
+        self.exited = False
+        self.served = 0
+        self.idle_since = time.monotonic()
+        self._listener = listener
+        self._cancel_grace = cancel_grace
+        self._assignments: dict[int, Assignment] = {}
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"mesh-{name}-"))
+        self._transport: asyncio.Transport | None = None
+        self._finished = asyncio.Event()
+        self._said_all = asyncio.Event()
+        self._killed = ""
+        self._start_failed = False
+        self._timers: list[asyncio.TimerHandle] = []
+        self._pipes: dict[int, tuple[int, Any]] = {}
+
+    # --- starting ----------------------------------------------------------------------------------------------------
+
+    async def start(self, start: Start, variables: Mapping[str, str], limit: float) -> None:
+        """Start the process. It is told what to be at once; `on_ready` follows, or `on_exit`.
+
+        Args:
+            limit: seconds until it must be ready.
+        """
+        self._loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        self._control, their_control = socket.socketpair()
+        pipes = [os.pipe(), os.pipe()]
+        own = {**variables, "MESH_TASK_ID": self.name}
+        passed = (theirs.fileno(), their_control.fileno())
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mesh.executor", *map(str, passed), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=pipes[0][1],
+            stderr=pipes[1][1],
+            pass_fds=passed,
+            cwd=self._scratch,
+            env=own,
+            start_new_session=True,
+        )
+        theirs.close()
+        their_control.close()
+        for stream, (read, write) in enumerate(pipes, 1):
+            os.close(write)
+            os.set_blocking(read, False)
+            self._pipes[read] = stream, codecs.getincrementaldecoder("utf-8")("replace")
+            self._loop.add_reader(read, self._drain_pipe, read)
+        self._control.setblocking(False)
+        self._control_buffer = frames.Buffer()
+        self._loop.add_reader(self._control, self._on_control)
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._loop.add_reader(self._pidfd, self._on_process_end)
+        await self._loop.create_unix_connection(lambda: _Conversation(self), sock=ours)
+        self._send(start)
+        self._timers.append(self._loop.call_later(limit, self._start_took_too_long, limit))
+
+    def _start_took_too_long(self, limit: float) -> None:
+        if not self.ready and not self.stopping:
+            text = f"its imports and set-up took longer than its startup_timeout of {limit:g} s"
+            self._fail_start(failure(FunctionTimeoutError, text))
+            self.kill(text)
+
+    def _fail_start(self, failed: Failure) -> None:
+        self.stopping = self._start_failed = True
+        self._listener.on_start_failed(self, failed)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def load(self) -> int:
+        """Inputs it has, running or behind the running one."""
+        return len(self._assignments)
+
+    @property
+    def assignments(self) -> list[Assignment]:
+        """Its inputs, the running one first."""
+        return list(self._assignments.values())
+
+    @property
+    def running_for(self) -> float:
+        """Seconds the running input has been running; 0 without one."""
+        first = next(iter(self._assignments.values()), None)
+        return time.monotonic() - first.began if first is not None and first.began else 0.0
+
+    # --- inputs ------------------------------------------------------------------------------------------------------
+
+    def run(self, assignment: Assignment) -> None:
+        """Give it an input; it runs when those before it have ended."""
+        self._assignments[assignment.work.seq] = assignment
+        self._send(assignment.work)
+        if len(self._assignments) == 1:
+            self._begin(assignment)
+
+    def _begin(self, assignment: Assignment) -> None:
+        assignment.began = time.monotonic()
+        assignment.timers.append(self._loop.call_later(assignment.timeout, self._listener.on_timeout, self, assignment))
+
+    def cancel(self, assignment: Assignment, reason: str) -> None:
+        """Interrupt one input, by the ladder: raise in it; at 5 s also where it blocks its loop; then kill the container.
+
+        Its `finally` blocks have the grace to end.
+        """
+        if assignment.stopped:
+            return
+        assignment.stopped = reason
+        self._signal(Cancel(assignment.work.seq, False))
+        force = Cancel(assignment.work.seq, True)
+        assignment.timers += [
+            self._loop.call_later(min(FORCE_AFTER, self._cancel_grace), self._signal, force),
+            self._loop.call_later(
+                self._cancel_grace, self.kill, f"it went on for {self._cancel_grace:g} s after {reason}"
+            ),
+        ]
+
+    def take_back(self) -> None:
+        """Ask for every input that has not begun; `on_dropped` brings those it gives up."""
+        for assignment in self._assignments.values():
+            if not assignment.began and not assignment.dropping:
+                assignment.dropping = True
+                self._signal(Drop(assignment.work.seq))
+
+    def _signal(self, frame: Cancel | Drop) -> None:
+        if self.exited or frame.seq not in self._assignments:
+            return
+        with contextlib.suppress(OSError):  # it is ending; its exit is reported by itself
+            self._control.send(frames.encode(frame))
+            os.kill(self._process.pid, signal.SIGUSR1)
+
+    # --- ending ------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Let it finish what it has and exit; killed if its clean-up takes longer than the grace after that."""
+        if self.stopping:
+            return
+        self.stopping = True
+        self._send(Stop())
+        if not self._assignments:
+            self._limit_stop()
+
+    def _limit_stop(self) -> None:
+        grace = self._cancel_grace
+        self._timers.append(self._loop.call_later(grace, self.kill, f"it did not stop within {grace:g} s"))
+
+    def kill(self, reason: str) -> None:
+        """End it and everything it started, now."""
+        self.stopping = True
+        if not self.exited:
+            self._killed = self._killed or reason
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def ended(self) -> None:
+        """Wait until its process is gone and everyone has been told."""
+        await self._finished.wait()
+
+    # --- what it says ------------------------------------------------------------------------------------------------
+
+    def _send(self, frame: Frame) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frames.encode(frame))
+
+    def on_frame(self, frame: Frame) -> None:
+        """A frame from the container; called by the conversation."""
+        match frame:
+            case Outcome():
+                self._on_outcome(frame)
+            case Log():
+                assignment = self._assignments.get(frame.seq)
+                self._listener.on_output(self, assignment, frame.stream, frame.text)
+            case Ready():
+                self.ready = True
+                self.idle_since = time.monotonic()
+                self._listener.on_ready(self)
+            case StartFailed():
+                self._fail_start(Failure.decode(frame.failure))
+            case Waiting():
+                self.waiting = frame.waiting
+                self._listener.on_waiting(self)
+            case _:
+                self.kill("it sent a frame that only a worker sends")
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        assignment = self._assignments.get(outcome.seq)
+        if assignment is None:
+            return
+        for pipe in self._pipes:
+            self._drain_pipe(pipe)
+        del self._assignments[outcome.seq]
+        self._finish(assignment)
+        self.served += 1
+        self.idle_since = time.monotonic()
+        self._begin_next()
+        if self.stopping and not self._assignments:
+            self._limit_stop()
+        self._listener.on_outcome(self, assignment, outcome)
+
+    def _begin_next(self) -> None:
+        following = next(iter(self._assignments.values()), None)
+        if following is not None and not following.began:
+            self._begin(following)
+
+    @staticmethod
+    def _finish(assignment: Assignment) -> None:
+        for timer in assignment.timers:
+            timer.cancel()
+
+    def _on_control(self) -> None:
+        try:
+            data = self._control.recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(self._control)
+            return
+        for frame in self._control_buffer.feed(data):
+            assignment = self._assignments.get(frame.seq) if isinstance(frame, Dropped) else None
+            if assignment is not None and isinstance(frame, Dropped) and frame.given_back:
+                del self._assignments[frame.seq]
+                self._finish(assignment)
+                self._listener.on_dropped(self, assignment)
+
+    def _drain_pipe(self, pipe: int) -> None:
+        """Read what C code and subprocesses printed; it belongs to the running input if there is no doubt which."""
+        stream, decoder = self._pipes[pipe]
+        while True:
+            try:
+                data = os.read(pipe, 1 << 16)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._loop.remove_reader(pipe)
+                return
+            only = next(iter(self._assignments.values())) if len(self._assignments) == 1 else None
+            text = decoder.decode(data)
+            if text:
+                self._listener.on_output(self, only, stream, text)
+
+    def on_conversation_end(self) -> None:
+        """Nothing more will come over the socket. That does not mean that the process has ended."""
+        self._said_all.set()
+
+    def on_broken_conversation(self, reason: str) -> None:
+        self.kill(f"what it wrote to its worker made no sense: {reason}")
+
+    # --- its end -----------------------------------------------------------------------------------------------------
+
+    def _on_process_end(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        _, status, usage = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self._kill_group()  # what it started ends with it
+        exit = Exit(self._process.returncode, self._killed, usage.ru_maxrss * 1024)
+        self._ending = self._loop.create_task(self._end(exit))
+
+    async def _end(self, exit: Exit) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS):
+                await self._said_all.wait()
+        for pipe in self._pipes:
+            self._drain_pipe(pipe)
+        self.exited = self.stopping = True
+        if not (self.ready or self._start_failed or self._killed):
+            self._fail_start(failure(InternalFailure, f"its container {exit.text} while it started"))
+        lost = self.assignments
+        self._assignments.clear()
+        for assignment in lost:
+            self._finish(assignment)
+        self._release()
+        self._listener.on_exit(self, lost, exit)
+        self._finished.set()
+
+    def _release(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        for pipe in self._pipes:
+            self._loop.remove_reader(pipe)
+            os.close(pipe)
+        self._pipes.clear()
+        self._loop.remove_reader(self._control)
+        self._control.close()
+        if self._transport is not None:
+            self._transport.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+class _Conversation(asyncio.Protocol):
+    """Cuts the socket's bytes into frames."""
+
+    def __init__(self, container: Container) -> None:
+        self._container = container
+        self._buffer = frames.Buffer()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._container._transport = transport  # type: ignore[assignment]  # a Transport, of a stream socket
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._buffer.feed(data):
+                self._container.on_frame(frame)
+        except frames.BrokenFrameError as error:
+            self._container.on_broken_conversation(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._container.on_conversation_end()

@@ -1,0 +1,208 @@
+"""The conversation between a worker and one container: 4 bytes of length, then msgpack, over a socketpair.
+
+Inputs are named by a number of their own here, new for every delivery, so that a late cancel can never hit the next
+try of the same input. User bytes stay opaque; only the executor looks into them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
+
+import msgpack
+
+_LENGTH = struct.Struct(">I")
+HEADER_SIZE = _LENGTH.size
+MAX_FRAME = 64 << 20  # a length above this is not ours: somebody else wrote to the socket
+
+
+class BrokenFrameError(Exception):
+    """The other side wrote something that is no frame."""
+
+
+# --- worker to container ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Become a container of this function: the first frame, once."""
+
+    app: str  # name on the wire
+    function: str
+    version: str
+    environment: str
+    worker: str
+    container: str
+    code: dict[str, Any]
+    bundle: str  # directory of the unpacked source, or empty
+    result_limit: int  # bytes a result may have
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Run one input."""
+
+    seq: int
+    call: str
+    index: int
+    attempt: int
+    last_error: str
+    format: str
+    body: bytes
+    keep_result: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish what runs, then exit."""
+
+
+# --- container to worker ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The user's code is imported; inputs may come."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """The user's code could not be imported or set up; the container exits."""
+
+    failure: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an input came to: `succeeded`, `failed`, or `cancelled` (for a timeout, too: the worker knows which)."""
+
+    seq: int
+    state: str
+    format: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Output of one input, or of the container alone where `seq` is 0. `stream` is 1 for stdout, 2 for stderr."""
+
+    seq: int
+    stream: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """All inputs of the container wait inside mesh (`remote`, `get`), or one of them goes on."""
+
+    waiting: bool
+
+
+# --- the control socket: cancels and their answers -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Interrupt this input, or never begin it. `force`: also where it blocks its event loop and cannot see a cancel."""
+
+    seq: int
+    force: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Give this input back if it has not begun; answered by `Dropped`."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The answer to `Drop`: given back, or already begun."""
+
+    seq: int
+    given_back: bool
+
+
+Frame = Start | Work | Stop | Ready | StartFailed | Outcome | Log | Waiting | Cancel | Drop | Dropped
+
+_KINDS: tuple[type[Any], ...] = (
+    Start,
+    Work,
+    Stop,
+    Ready,
+    StartFailed,
+    Outcome,
+    Log,
+    Waiting,
+    Cancel,
+    Drop,
+    Dropped,
+)
+
+
+def _reader(kind: type[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    names = [field.name for field in fields(kind)]
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda frame: tuple(getattr(frame, name) for name in names)
+
+
+_TAGS = {kind: (tag, _reader(kind)) for tag, kind in enumerate(_KINDS)}
+
+
+def encode(frame: Frame) -> bytes:
+    """The bytes of one frame, length included."""
+    tag, read = _TAGS[type(frame)]
+    body = msgpack.packb((tag, *read(frame)), unicode_errors="surrogatepass")
+    return _LENGTH.pack(len(body)) + body
+
+
+def body_length(header: bytes) -> int:
+    """The length that a frame's first four bytes announce.
+
+    Raises:
+        BrokenFrameError: it cannot be a frame's.
+    """
+    (length,) = _LENGTH.unpack(header)
+    if length > MAX_FRAME:
+        raise BrokenFrameError(f"a frame of {length} bytes was announced; the limit is {MAX_FRAME}")
+    return length
+
+
+def decode(body: bytes | bytearray | memoryview) -> Frame:
+    """The frame in `body`, which comes without its length.
+
+    Raises:
+        BrokenFrameError: it is none.
+    """
+    try:
+        tag, *values = msgpack.unpackb(body, unicode_errors="surrogatepass")
+        return _KINDS[tag](*values)
+    except Exception as error:  # the bytes may be anybody's
+        raise BrokenFrameError(f"not a frame: {error!r}") from None
+
+
+class Buffer:
+    """Cuts a stream of bytes into frames."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """The frames that are complete now that `data` has come."""
+        self._bytes += data
+        start = 0
+        try:
+            while len(self._bytes) - start >= HEADER_SIZE:
+                end = start + HEADER_SIZE + body_length(self._bytes[start : start + HEADER_SIZE])
+                if end > len(self._bytes):
+                    break
+                body = bytes(self._bytes[start + HEADER_SIZE : end])
+                start = end
+                yield decode(body)
+        finally:
+            del self._bytes[:start]

@@ -1,0 +1,477 @@
+"""One function on one worker: inputs come in as leases, go to containers, and leave settled.
+
+Event-driven: whatever happens ends in `feed`, which gives inputs to containers, starts or asks for more, and is cheap
+to call. Nothing here waits; what needs the store runs in the background and ends in `feed` again.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mesh.autoscaler import Load, containers_wanted
+from mesh.broker import Lease
+from mesh.container import Assignment, Container, Exit
+from mesh.exception import Error, NotFoundError
+from mesh.frames import Outcome, Start, Work
+from mesh.protocol import Failure, Format, State, failure
+from mesh.records import FunctionRecord
+from mesh.settle import About, Again, Execution, Final, Held, Kind
+from mesh.topology import SHARED_POOL
+
+if TYPE_CHECKING:
+    from mesh.worker import Worker
+
+logger = logging.getLogger("mesh.worker")
+
+_READ_AHEAD = 8  # inputs a container holds besides the running one, where runs are short
+_SHORT = 0.05  # seconds; runs are short where their median is below this
+_HOSTAGE = 1.0  # seconds after which inputs do not wait behind a running one any longer
+_RECENT = 32  # runs the median is taken of
+_REMOVED_BATCH = 100  # inputs of a removed function that are taken at once, to be failed
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0  # seconds between tries to start code that does not start
+_RESULT_HEADERS = 4096  # bytes kept free of the message's limit for the headers of a result
+
+
+@dataclass(frozen=True, slots=True)
+class PoolKey:
+    app: str
+    function: str
+    pool: str = SHARED_POOL
+
+    @property
+    def path(self) -> str:
+        return f"{self.app}.{self.function}"
+
+
+class Pool:
+    """The containers of one function on this worker, and the inputs that wait for them."""
+
+    def __init__(self, worker: Worker, key: PoolKey, record: FunctionRecord, unfit: str) -> None:
+        self.key = key
+        self.record = record
+        self.unfit = unfit
+        self.containers: list[Container] = []
+        self.consumer = worker.broker.topology.consumer(key.app, key.function, key.pool)
+        self.closed = False
+        self._worker = worker
+        self._held: deque[Held] = deque()
+        self._versions: dict[Container, str] = {}
+        self._pending = 0
+        self._durations: deque[float] = deque(maxlen=_RECENT)
+        self._median: float | None = None
+        self._backoff = 0.0
+        self._retry_at = 0.0
+        self._start_error = ""
+
+    # --- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> list[Container]:
+        """Containers that take inputs, now or once they are ready."""
+        return [c for c in self.containers if not c.stopping and self._versions[c] == self.record.version]
+
+    @property
+    def _taking(self) -> bool:
+        """Whether a container is there, or coming, that does not just wait for other calls."""
+        return any(not c.waiting for c in self.serving)
+
+    @property
+    def running(self) -> int:
+        return sum(c.load for c in self.containers)
+
+    @property
+    def starving_since(self) -> float | None:
+        """Since when inputs wait here while no container takes any; `None` if that is not so."""
+        if not self._held or self._taking or self._resting() or self.record.removed:
+            return None
+        return self._held[0].since
+
+    @property
+    def trouble(self) -> str:
+        """Why inputs of this function are not run here; empty where they are."""
+        return self.unfit or (f"its code does not start: {self._start_error}" if self._resting() else "")
+
+    def _resting(self) -> bool:
+        return time.monotonic() < self._retry_at
+
+    def _about(self) -> About:
+        return About(
+            function=self.key.path,
+            code=self.record.version[:12],
+            worker=self._worker.name,
+            spec=self.record.spec,
+            crash_budget=self._worker.settings.crash_budget,
+        )
+
+    # --- changes from outside ----------------------------------------------------------------------------------------
+
+    def update(self, record: FunctionRecord, unfit: str) -> None:
+        """Another version, or its removal: what runs finishes on the old code, the rest runs on the new."""
+        changed = record.version != self.record.version or record.removed != self.record.removed
+        self.record, self.unfit = record, unfit
+        if changed:
+            self._retry_at = self._backoff = 0.0
+            self._durations.clear()
+            self._median = None
+            for container in self.containers:
+                container.take_back()
+                container.stop()
+        self.feed()
+
+    def close(self, reason: str) -> None:
+        """The app of a single run has ended: nothing of it runs on."""
+        self.closed = True
+        self._worker.puller.forget(self.consumer)
+        cancelled = Execution(kind=Kind.CANCELLED, text=f"cancelled: {reason}")
+        while self._held:
+            self._settle(self._held.popleft(), cancelled)
+        for container in self.containers:
+            for assignment in container.assignments:
+                assignment.stopped = reason
+            container.kill(reason)
+
+    def hand_back(self, reason: str) -> None:
+        """Give up the inputs that no container has: the worker is stopping, or somebody else has room."""
+        while self._held:
+            self._settle(self._held.popleft(), Execution(kind=Kind.RETURNED, text=reason))
+
+    def abandon(self, reason: str) -> None:
+        """Kill what runs; its inputs go back, and it does not count as a try."""
+        for container in self.containers:
+            for assignment in container.assignments:
+                assignment.stopped = assignment.stopped or _ABANDONED
+            container.kill(reason)
+
+    # --- inputs in ---------------------------------------------------------------------------------------------------
+
+    def on_lease(self, lease: Lease) -> None:
+        """An input was delivered."""
+        self._pending = lease.pending
+        held = self._worker.known(lease)
+        if held is not None:
+            self._worker.background.spawn(self._worker.settler.adopt(held, lease, self._worker.name))
+            return
+        held = Held(lease)
+        self._worker.hold(held)
+        if lease.refusal is not None:
+            self._worker.background.spawn(self._refuse(held, lease.refusal))
+        elif lease.delivery > 1 or (lease.input is not None and lease.input.resubmit):
+            self._worker.background.spawn(self._examine(held))
+        else:
+            held.marked = True
+            self._accept(held)
+
+    async def _refuse(self, held: Held, reason: Exception) -> None:
+        """A message that is no input, or none that this version understands."""
+        logger.warning("refused %s: %s", held.lease.subject, reason)
+        try:
+            await self._worker.settler.quarantine(held.lease)
+        finally:
+            self._worker.release(held)
+
+    async def _examine(self, held: Held) -> None:
+        """An input that may have ended, or been lost with others before, is looked into before it runs."""
+        await held.lease.renew()
+        if await self._worker.settler.finish_other(held.lease):
+            await held.lease.ack()
+            self._worker.release(held)
+            self.feed()
+            return
+        if held.lease.delivery > 1:
+            held.log = await self._worker.settler.read_log(held.lease)
+        else:
+            held.marked = True
+        if len(held.log.crashes(held.lease.delivery)) >= self._worker.settings.crash_budget:
+            self._settle(held, Execution(kind=Kind.CRASHED))
+        else:
+            self._accept(held)
+
+    def _accept(self, held: Held) -> None:
+        assert held.lease.input is not None
+        deadline = held.lease.input.deadline
+        if deadline is not None and time.time() > deadline:
+            self._settle(held, Execution(kind=Kind.EXPIRED, text="expired: its deadline passed before it was started"))
+        elif self.record.removed is not None:
+            gone = failure(NotFoundError, self.record.removed.reason)
+            self._settle(held, Execution(kind=Kind.REFUSED, failure=gone))
+        elif self.closed:
+            self._settle(held, Execution(kind=Kind.CANCELLED, text="cancelled: its app has ended"))
+        elif self._worker.draining:
+            self._settle(held, Execution(kind=Kind.RETURNED, text="the worker is stopping"))
+        else:
+            self._held.append(held)
+        self.feed()
+
+    # --- the heart ---------------------------------------------------------------------------------------------------
+
+    def feed(self) -> None:
+        """Give inputs to containers, start what is missing, and ask for as much as can be run."""
+        if self.closed or self._worker.draining:
+            return
+        self._assign()
+        self._grow()
+        self._ask()
+
+    def _assign(self) -> None:
+        while self._held:
+            container = self._seat()
+            if container is None:
+                return
+            held = self._held.popleft()
+            if held.marked:
+                self._give(container, held)
+            else:
+                self._worker.background.spawn(self._mark(held))
+
+    async def _mark(self, held: Held) -> None:
+        await self._worker.settler.mark_begun(held, self._worker.name)
+        held.marked = True
+        self._accept(held)
+
+    def _seat(self) -> Container | None:
+        """A container that can take an input: an idle one, else one whose runs are short."""
+        best: Container | None = None
+        for container in self.containers:
+            if self._room(container) > 0 and (best is None or container.load < best.load):
+                if not container.load:
+                    return container
+                best = container
+        return best
+
+    def _room(self, container: Container) -> int:
+        """Inputs a container can take now."""
+        if not container.ready or container.stopping or self._versions[container] != self.record.version:
+            return 0
+        if self.record.spec.single_use_containers:
+            return 0 if container.load or container.served else 1
+        ahead = _READ_AHEAD if self._short and container.running_for < _HOSTAGE else 0
+        return max(0, 1 + ahead - container.load)
+
+    @property
+    def _short(self) -> bool:
+        return self._median is not None and self._median < _SHORT
+
+    def _give(self, container: Container, held: Held) -> None:
+        input = held.lease.input
+        assert input is not None
+        work = Work(
+            seq=self._worker.next_seq(),
+            call=input.address.call,
+            index=input.address.index,
+            attempt=held.log.tries + 1,
+            last_error=held.log.last_error,
+            format=input.format,
+            body=input.body,
+            keep_result=input.keep_result,
+        )
+        logger.debug("→ %s %s try %d on %s", input.address.key, self.key.path, work.attempt, container.name)
+        container.run(Assignment(work, held, self.record.spec.timeout))
+        if self.record.spec.single_use_containers:
+            container.stop()
+
+    def _grow(self) -> None:
+        """Start containers while the load wants more and there is room for them."""
+        if self.unfit or self._resting() or self.record.removed is not None:
+            return
+        serving = self.serving
+        behind = sum(max(0, c.load - 1) for c in serving)
+        waiting = len(self._held) + behind + (0 if self._asked() else self._pending)
+        load = Load(waiting=waiting, running=sum(c.load > 0 for c in serving), duration=self._median)
+        missing = containers_wanted(load, self.record.spec) - len(serving)
+        while missing > 0 and self._worker.make_room(self):
+            self._start_container()
+            missing -= 1
+
+    def _asked(self) -> int:
+        return self._worker.puller.outstanding(self.consumer)
+
+    def _ask(self) -> None:
+        """Pull what can be run now; one input more where another container could be started for it."""
+        if self.unfit or self._resting():
+            return
+        if self.record.removed is not None:
+            wanted = _REMOVED_BATCH
+        else:
+            serving = self.serving
+            wanted = sum(self._room(c) if c.ready else 1 for c in serving)
+            limit = self.record.spec.max_containers
+            if (limit is None or len(serving) < limit) and (not self._taking or self._worker.has_room()):
+                wanted += 1
+        missing = wanted - self._asked() - len(self._held)
+        if missing > 0 and (missing * 2 >= wanted or not self._asked()):
+            self._worker.ask(self.consumer, missing)
+
+    # --- containers --------------------------------------------------------------------------------------------------
+
+    def _start_container(self) -> None:
+        container = Container(self._worker.new_container_name(), self, self._worker.settings.cancel_grace)
+        self.containers.append(container)
+        self._versions[container] = self.record.version
+        self._worker.background.spawn(self._start(container, self.record))
+
+    async def _start(self, container: Container, record: FunctionRecord) -> None:
+        try:
+            code, bundle = await self._worker.code.prepare(record)
+            start = Start(
+                app=self.key.app,
+                function=self.key.function,
+                version=record.version,
+                environment=self._worker.broker.topology.environment,
+                worker=self._worker.name,
+                container=container.name,
+                code=code.to_json(),
+                bundle=str(bundle) if bundle else "",
+                result_limit=self._worker.broker.connection.inline_limit - _RESULT_HEADERS,
+            )
+            variables = self._worker.container_variables(record.spec.env)
+            if container.stopping:  # asked to while its code was being fetched
+                self._drop(container)
+                return
+            await container.start(start, variables, record.spec.start_limit)
+        except (Error, OSError) as error:
+            self._drop(container)
+            self._start_failed(failure(type(error), str(error)))
+
+    def _drop(self, container: Container) -> None:
+        self.containers.remove(container)
+        del self._versions[container]
+        self._worker.changed()
+
+    def _start_failed(self, failed: Failure) -> None:
+        """The code cannot be started: rest for a while, longer each time, instead of burning the queue."""
+        self._start_error = failed.summary
+        if self.key.app.startswith("ap-"):
+            # The client of a single run waits, and nobody will deploy something better: its inputs fail.
+            while self._held:
+                self._settle(self._held.popleft(), Execution(kind=Kind.REFUSED, failure=failed))
+            return
+        self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
+        self._retry_at = time.monotonic() + self._backoff
+        logger.warning("%s does not start, trying again in %g s: %s", self.key.path, self._backoff, failed.summary)
+        waits = Execution(kind=Kind.NOT_STARTED, text=failed.summary, delay=self._backoff)
+        while self._held:
+            self._settle(self._held.popleft(), waits)
+        self._worker.wake_at(self._retry_at, self)
+
+    def retire_idle(self) -> None:
+        """Stop containers that have had nothing to do for `scaledown_window` seconds."""
+        spare = len(self.serving) - self.record.spec.min_containers
+        now = time.monotonic()
+        for container in sorted(self.serving, key=lambda c: c.idle_since):
+            idle = container.ready and not container.load and now - container.idle_since
+            if spare > 0 and idle and idle > self.record.spec.scaledown_window:
+                container.stop()
+                spare -= 1
+
+    def free_hostages(self) -> None:
+        """Take back inputs that wait behind one that runs long, or while another container idles."""
+        idle = any(c.ready and not c.load and not c.stopping for c in self.containers)
+        for container in self.containers:
+            if container.load > 1 and (idle or container.running_for > _HOSTAGE):
+                container.take_back()
+
+    # --- what containers say (Listener) ------------------------------------------------------------------------------
+
+    def on_ready(self, container: Container) -> None:
+        self._backoff, self._start_error = 0.0, ""
+        self.feed()
+
+    def on_start_failed(self, container: Container, failure: Failure) -> None:
+        self._start_failed(failure)
+
+    def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None:
+        duration = time.monotonic() - assignment.began
+        self._durations.append(duration)
+        if len(self._durations) < _RECENT or self._median is None or container.served % _RECENT == 0:
+            self._median = statistics.median(self._durations)
+        self._settle(assignment.owner, _execution(assignment, outcome))
+        if not container.load:
+            self._worker.on_idle(self, container)
+        self.feed()
+
+    def on_timeout(self, container: Container, assignment: Assignment) -> None:
+        container.cancel(assignment, _TIMEOUT)
+
+    def on_dropped(self, container: Container, assignment: Assignment) -> None:
+        self._held.appendleft(assignment.owner)
+        self.feed()
+
+    def on_output(self, container: Container, assignment: Assignment | None, stream: int, text: str) -> None:
+        self._worker.on_output(self.key, container, assignment.owner if assignment else None, stream, text)
+
+    def on_waiting(self, container: Container) -> None:
+        self._worker.changed()
+
+    def on_exit(self, container: Container, lost: Sequence[Assignment], exit: Exit) -> None:
+        logger.log(logging.WARNING if lost else logging.DEBUG, "%s %s %s", container.name, self.key.path, exit.text)
+        for assignment in reversed(lost):
+            if assignment.began:
+                self._settle(assignment.owner, _lost(assignment, exit))
+            else:
+                self._held.appendleft(assignment.owner)
+        self._drop(container)
+        self.feed()
+        if self._worker.draining:
+            self.hand_back("the worker is stopping")
+
+    # --- inputs out --------------------------------------------------------------------------------------------------
+
+    def _settle(self, held: Held, execution: Execution) -> None:
+        self._worker.background.spawn(self._settled(held, execution))
+
+    async def _settled(self, held: Held, execution: Execution) -> None:
+        try:
+            verdict = await self._worker.settler.settle(held, execution, self._about())
+        finally:
+            self._worker.release(held)
+        _report(held, self.key, verdict)
+        self.feed()
+
+
+_TIMEOUT = "its timeout"
+_ABANDONED = "abandoned"  # the worker stops: the input goes back
+
+
+def _execution(assignment: Assignment, outcome: Outcome) -> Execution:
+    """What an outcome says, seen together with why the input was cancelled, if it was."""
+    started = time.time() - (time.monotonic() - assignment.began)
+    if outcome.state == State.SUCCEEDED:
+        kind, format = Kind.SUCCEEDED, Format(outcome.format)
+        return Execution(kind=kind, format=format, body=outcome.body, started=started)
+    if outcome.state == State.CANCELLED:
+        return _stopped(assignment, started)
+    return Execution(kind=Kind.FAILED, failure=Failure.decode(outcome.body), started=started)
+
+
+def _stopped(assignment: Assignment, started: float) -> Execution:
+    if assignment.stopped == _TIMEOUT:
+        return Execution(kind=Kind.TIMED_OUT, started=started)
+    if assignment.stopped == _ABANDONED:
+        return Execution(kind=Kind.RETURNED, text="the worker is stopping")
+    return Execution(kind=Kind.CANCELLED, text=f"cancelled: {assignment.stopped}", started=started)
+
+
+def _lost(assignment: Assignment, exit: Exit) -> Execution:
+    """The container ended while the input ran."""
+    started = time.time() - (time.monotonic() - assignment.began)
+    if assignment.stopped:
+        return _stopped(assignment, started)
+    return Execution(kind=Kind.CRASHED, text=f"container {exit.text}", started=started)
+
+
+def _report(held: Held, key: PoolKey, verdict: Final | Again) -> None:
+    """One line an event; successes only where somebody wants to see everything."""
+    match verdict:
+        case Final(result, _) if result.state is State.SUCCEEDED:
+            logger.debug("← %s %s %s", held.key, key.path, result.state)
+        case Final(result, _):
+            logger.info("✗ %s %s %s: %s", held.key, key.path, result.state, result.error)
+        case Again(attempt, delay):
+            after = f"again in {delay:g} s" if delay else "again now"
+            logger.info("↻ %s %s %s, %s: %s", held.key, key.path, attempt.ending, after, attempt.error)

@@ -1,0 +1,305 @@
+"""What the mesh writes down: deployed functions and apps, failed attempts, and who is at work.
+
+Records are JSON, so that `nats kv get` shows them to a person. Fields of newer versions are ignored.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Self
+
+from mesh.exception import InvalidError, VersionError
+from mesh.spec import FunctionSpec
+
+RECORD_VERSION = 1
+
+
+def _load(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+        version = int(values.get("v", RECORD_VERSION))
+    except Exception as error:  # the bytes may be anybody's
+        raise InvalidError(f"{what} cannot be read: {error!r}") from None
+    if version != RECORD_VERSION:
+        raise VersionError(f"{what} has version {version}, this mesh knows {RECORD_VERSION}: upgrade the older side")
+    return values
+
+
+def _dump(values: Mapping[str, Any]) -> bytes:
+    return json.dumps({"v": RECORD_VERSION, **values}, separators=(",", ":")).encode()
+
+
+def _known(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Code:
+    """Where a function's code is. By reference: a module of the bundle, and a name in the app it makes. By value: a
+    cloudpickle, inline or (where large) in the code store under its digest, for one minor version of Python only.
+
+    Attributes:
+        module: imported first; `entry`, the deployed file's module, if that did not make the function.
+        app: the name the module gives its App, which `deploy --name` may differ from. name: the function's in it.
+    """
+
+    module: str = ""
+    entry: str = ""
+    app: str | None = None
+    name: str = ""
+    pickled: bytes = b""
+    digest: str = ""
+    python: str = ""
+
+    @property
+    def by_value(self) -> bool:
+        return bool(self.pickled or self.digest)
+
+    def to_json(self) -> dict[str, Any]:
+        values = {name: value for name, value in asdict(self).items() if value}
+        if self.pickled:
+            values["pickled"] = base64.b64encode(self.pickled).decode()
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Code:
+        known = _known(cls, values)
+        if "pickled" in known:
+            known["pickled"] = base64.b64decode(known["pickled"])
+        return cls(**known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """Why a function takes no more calls."""
+
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionRecord:
+    """A deployed function: what it is, where its code is, and who put it there.
+
+    Attributes:
+        version: sha256 over what makes it behave as it does; never over pickle bytes, which differ at each deploy.
+        bundle: digest of the app's source bundle, empty where all code is by value.
+        modules: top-level names of the modules in it, which a caller may refer to by name.
+        packages: versions of the packages its module imported at deploy.
+        signer, signature: reserved for signed code.
+    """
+
+    app: str
+    spec: FunctionSpec
+    code: Code
+    version: str
+    bundle: str = ""
+    modules: tuple[str, ...] = ()
+    packages: Mapping[str, str] = field(default_factory=dict[str, str])
+    deployed_at: float = 0.0
+    deployed_by: str = ""
+    removed: Removal | None = None
+    signer: str = ""
+    signature: str = ""
+
+    def encode(self) -> bytes:
+        values: dict[str, Any] = {
+            "app": self.app,
+            "spec": self.spec.to_json(),
+            "code": self.code.to_json(),
+            "version": self.version,
+            "bundle": self.bundle,
+            "modules": self.modules,
+            "packages": dict(self.packages),
+            "deployed_at": self.deployed_at,
+            "deployed_by": self.deployed_by,
+            "signer": self.signer,
+            "signature": self.signature,
+        }
+        if self.removed:
+            values["removed"] = asdict(self.removed)
+        return _dump(values)
+
+    @classmethod
+    def decode(cls, data: bytes) -> FunctionRecord:
+        values = _known(cls, _load(data, "the function's record"))
+        values["spec"] = FunctionSpec.from_json(values["spec"])
+        values["code"] = Code.from_json(values["code"])
+        values["modules"] = tuple(values.get("modules", ()))
+        if values.get("removed"):
+            values["removed"] = Removal(**values["removed"])
+        return cls(**values)
+
+
+def verify(record: FunctionRecord) -> FunctionRecord:
+    """The one way from a record to its code. Checks nothing yet: signatures come with the security work."""
+    return record
+
+
+class AppState(StrEnum):
+    DEPLOYED = "deployed"
+    EPHEMERAL = "ephemeral"  # of one `mesh run` or `app.run()`; gone soon after it ends
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppHead:
+    """The newest deployment of an app. Written last, in one batch with its records, so workers act on it alone.
+
+    Attributes:
+        app: name on the wire; name: for people (they differ for a single run). version: 1 for the first deployment.
+        functions: name to version of each live function.
+    """
+
+    app: str
+    name: str
+    version: int
+    state: AppState
+    functions: Mapping[str, str]
+    bundle: str = ""
+    tag: str = ""
+    deployed_at: float = 0.0
+    deployed_by: str = ""
+    commit: str = ""
+    mesh_version: str = ""
+
+    def encode(self) -> bytes:
+        return _dump(asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> AppHead:
+        values = _known(cls, _load(data, "the app's head"))
+        values["state"] = AppState(values["state"])
+        return cls(**values)
+
+
+class Ending(StrEnum):
+    """How one delivery of an input ended, where that was not by a result."""
+
+    BEGAN = "began"  # not ended yet: written before a redelivered input is run, so that a lost worker is noticed
+    FAILED = "failed"  # the user's code raised: counts as a try
+    TIMED_OUT = "timed_out"  # counts as a try
+    CRASHED = "crashed"  # the container was lost: counts against the crash budget
+    RETURNED = "returned"  # handed back unfinished, by a worker that stops: counts as neither
+    ADOPTED = "adopted"  # delivered again to the worker that runs it: counts as neither
+    NOT_STARTED = "not_started"  # no container for it could start: counts as neither
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One delivery of an input that did not end it."""
+
+    ending: Ending
+    worker: str = ""
+    at: float = 0.0
+    error: str = ""
+
+
+_TRIES = (Ending.FAILED, Ending.TIMED_OUT)
+_KEPT_ATTEMPTS = 50  # an input that is retried for days must not grow a record without bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptLog:
+    """What is known of the deliveries of one input, by delivery number, so a stale lease counts nothing twice.
+
+    A happy call has none: it is written only when something went wrong. The newest 50 entries are kept whole; of the
+    deliveries up to `folded`, only the number of tries is.
+    """
+
+    attempts: Mapping[int, Attempt] = field(default_factory=dict[int, Attempt])
+    folded: int = 0
+    folded_tries: int = 0
+
+    def with_attempt(self, delivery: int, attempt: Attempt) -> Self:
+        """The log with one more entry. What a delivery ended as stays; only `began` makes way for it."""
+        known = self.attempts.get(delivery)
+        if delivery <= self.folded or (known is not None and known.ending is not Ending.BEGAN):
+            return self
+        return replace(self, attempts={**self.attempts, delivery: attempt})._fold()
+
+    def _fold(self) -> Self:
+        """Without the oldest entries above the limit. Crashes are never folded: they end the input long before."""
+        old = [n for n, a in sorted(self.attempts.items()) if a.ending is not Ending.CRASHED][:-_KEPT_ATTEMPTS]
+        if not old:
+            return self
+        return replace(
+            self,
+            attempts={n: a for n, a in self.attempts.items() if n not in old},
+            folded=max(self.folded, *old),
+            folded_tries=self.folded_tries + sum(self.attempts[n].ending in _TRIES for n in old),
+        )
+
+    @property
+    def tries(self) -> int:
+        """Tries the user's code has used up."""
+        return self.folded_tries + sum(a.ending in _TRIES for a in self.attempts.values())
+
+    def crashes(self, delivery: int) -> list[str]:
+        """Containers and workers lost with this input before this `delivery`, each told in a few words.
+
+        The first delivery leaves no trace if its worker dies; later ones are marked when they begin. So a delivery
+        without entry counts only if it is the first: of others we know that the input had not begun.
+        """
+        lost = [
+            a.error if a.ending is Ending.CRASHED else f"worker {a.worker} lost"
+            for number, a in sorted(self.attempts.items())
+            if a.ending is Ending.CRASHED or (a.ending is Ending.BEGAN and number < delivery)
+        ]
+        return ["worker lost", *lost] if delivery > 1 and not self.folded and 1 not in self.attempts else lost
+
+    @property
+    def last_error(self) -> str:
+        """What went wrong most recently."""
+        return next((a.error for _, a in sorted(self.attempts.items(), reverse=True) if a.error), "")
+
+    def encode(self) -> bytes:
+        entries = {number: asdict(attempt) for number, attempt in self.attempts.items()}
+        return _dump({"attempts": entries, "folded": self.folded, "folded_tries": self.folded_tries})
+
+    @classmethod
+    def decode(cls, data: bytes) -> AttemptLog:
+        values = _known(cls, _load(data, "the attempts"))
+        values["attempts"] = {
+            int(number): Attempt(**{**_known(Attempt, entry), "ending": Ending(entry["ending"])})
+            for number, entry in values["attempts"].items()
+        }
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRecord:
+    """A worker that is alive: its key lives as long as it is renewed.
+
+    Attributes:
+        containers: how many it may run, and `used` how many it does. running: inputs that began a second ago or more.
+        unfit: functions it does not run, each with the reason.
+    """
+
+    worker: str
+    host: str
+    pid: int
+    python: str
+    mesh_version: str
+    started: float
+    containers: int
+    used: int = 0
+    draining: bool = False
+    running: tuple[str, ...] = ()
+    functions: Mapping[str, int] = field(default_factory=dict[str, int])
+    unfit: Mapping[str, str] = field(default_factory=dict[str, str])
+    at: float = field(default_factory=time.time)
+
+    def encode(self) -> bytes:
+        return _dump(asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> WorkerRecord:
+        values = _known(cls, _load(data, "the worker's record"))
+        values["running"] = tuple(values.get("running", ()))
+        return cls(**values)

@@ -1,0 +1,630 @@
+"""What callers hold: Function, a handle on something deployed, and FunctionCall, a handle on one call of it.
+
+Handles do no I/O until they are used. Every method that talks to the mesh has two faces: `f.spawn(…)` waits,
+`await f.spawn.aio(…)` awaits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
+
+from mesh import context, serialization
+from mesh._sync import both, both_static
+from mesh.exception import (
+    DeserializationError,
+    ExecutionError,
+    InvalidError,
+    NotFoundError,
+    NotReadyError,
+    OutputExpiredError,
+    ServerWarning,
+    UnimplementedError,
+)
+from mesh.protocol import Address, Failure, Input, Result, State, call_time, is_call_id, new_call_id
+from mesh.spec import FunctionSpec, check_name
+from mesh.topology import SHARED_POOL
+
+# asyncio, nats and all that needs them are imported at first use: together they take four times as long as the rest.
+if TYPE_CHECKING:
+    import asyncio
+
+    from mesh.broker import Broker
+    from mesh.records import FunctionRecord
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_SILENCE = 3.0  # seconds of waiting after which a caller is told that no worker is there
+_LOOK_AGAIN = 15.0  # seconds between looks whether what is waited for can still come
+_REMOTE_RESULT_TTL = 3600.0  # the caller of `remote` has its value at once; the copy is for lost connections
+_CLOCK_TOLERANCE = 60.0  # seconds by which a caller's clock may be off
+
+
+class Home(Protocol):
+    """Where a function that is defined in this process belongs: its App."""
+
+    def wire_name(self) -> str | None:
+        """The app's name on the wire while it runs or is deployed; else `None`."""
+        ...
+
+    @property
+    def description(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """The app of a function that was looked up by name."""
+
+    app: str
+
+    def wire_name(self) -> str:
+        return self.app
+
+    @property
+    def description(self) -> str:
+        return self.app
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallStatus:
+    """What is known of a call.
+
+    Attributes:
+        state: queued, running, retrying, succeeded, failed, timed_out, cancelled or expired.
+        function: `app.function`. attempts: tries made so far, the running one included.
+        created, started, finished: seconds since 1970; `None` where it has not happened, or is not known.
+        worker: where it runs or ran. last_error: what went wrong most recently, as `Type: text`.
+        waiting_for: why a queued call does not start, where that is known.
+    """
+
+    state: State
+    function: str
+    attempts: int
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    worker: str = ""
+    last_error: str = ""
+    waiting_for: str = ""
+
+
+class Function(Generic[P, R]):
+    """A function of the mesh: made by `@app.function`, or found with `Function.from_name`."""
+
+    def __init__(
+        self,
+        name: str,
+        home: Home,
+        *,
+        environment: str | None = None,
+        raw: Callable[..., Any] | None = None,
+        spec: FunctionSpec | None = None,
+    ) -> None:
+        """Not for users: `@app.function` and `from_name` make functions."""
+        self._name = name
+        self._home = home
+        self._environment = environment
+        self._raw = raw
+        self._spec = spec
+        if raw is not None:
+            self.__doc__ = raw.__doc__
+            self.__module__ = raw.__module__
+
+    @classmethod
+    def from_name(
+        cls,
+        app_name: str,
+        name: str,
+        *,
+        version: int | None = None,
+        environment_name: str | None = None,
+        client: object = None,
+    ) -> Function[..., Any]:
+        """A function of a deployed app, by name. No I/O: whether it exists shows at its first use.
+
+        Args:
+            app_name: the app's name, as it was deployed. Apps of a single run are not found.
+            name: the function's. Methods are found with `Cls.from_name`.
+            environment_name: another environment than the configured one.
+
+        Raises:
+            InvalidError: a name that cannot be one.
+        """
+        if isinstance(name, str) and "." in name:  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+            cls_name, _, method = name.partition(".")
+            raise InvalidError(
+                f"Function.from_name finds functions; for the method {method!r} use "
+                f"mesh.Cls.from_name({app_name!r}, {cls_name!r})().{method}"
+            )
+        if version is not None:
+            raise UnimplementedError("Function.from_name(version=…) is not built yet")
+        check_name("app", app_name)
+        return Function(check_name("function", name), Elsewhere(app_name), environment=environment_name)
+
+    # --- looking up --------------------------------------------------------------------------------------------------
+
+    @both
+    async def hydrate(self, /, client: object = None) -> Function[P, R]:
+        """Look the function up now instead of at its first use.
+
+        Raises:
+            NotFoundError: there is no such function. ExecutionError: its app is neither running nor deployed.
+        """
+        await self._lookup()
+        return self
+
+    async def _lookup(self) -> tuple[Broker, FunctionRecord]:
+        from mesh import client
+
+        app = self._home.wire_name()
+        if app is None:
+            raise ExecutionError(
+                f"function {self._name!r} has not been hydrated with what it needs to run on the mesh, because its "
+                f"app {self._home.description!r} is not running: use `with app.run():`, `mesh run`, or deploy it and "
+                "look it up with mesh.Function.from_name"
+            )
+        broker = await client.broker(self._environment_name())
+        record = await broker.registry.known(app, self._name)
+        if record is None:
+            raise NotFoundError(await _lookup_failed(broker, app, self._name))
+        if record.removed is not None:
+            raise NotFoundError(f"function {self._name!r} of app {app!r} takes no more calls: {record.removed.reason}")
+        return broker, record
+
+    def _environment_name(self) -> str | None:
+        if self._environment is not None:
+            return self._environment
+        here = context.container()
+        return here.environment if here else None
+
+    # --- calling -----------------------------------------------------------------------------------------------------
+
+    @both
+    async def spawn(self, /, *args: P.args, **kwargs: P.kwargs) -> FunctionCall[R]:
+        """Submit a call and return at once. It runs whatever becomes of this process.
+
+        Returns:
+            A handle whose `object_id` any process can turn back into one with `FunctionCall.from_id`.
+
+        Raises:
+            NotFoundError: there is no such function.
+            SerializationError: an argument cannot be pickled. RequestSizeError: they are too large.
+            ResourceExhaustedError: the queue is full; nothing was accepted.
+            ConnectionError: no answer from the server; the call may have been accepted.
+        """
+        broker, record = await self._lookup()
+        input = self._input(broker, record, "spawn", args, kwargs)
+        await broker.calls.submit(input)
+        return FunctionCall(input.address.call, environment=broker.topology.environment, address=input.address)
+
+    @both
+    async def remote(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function, and wait for its value.
+
+        Raises:
+            Exception: whatever the function raised, as its own type, with the remote traceback in a note.
+            FunctionTimeoutError: it ran out of time. InternalFailure: its containers were lost too often.
+            RemoteError: it was cancelled. Also what `spawn` raises.
+        """
+        broker, record = await self._lookup()
+        input = self._input(broker, record, "remote", args, kwargs)
+        call = FunctionCall[R](input.address.call, environment=broker.topology.environment, address=input.address)
+        with context.waiting_in_mesh():
+            async with broker.results.waiting(input.address.key) as pushed:
+                await broker.calls.submit(input)
+                result = await call._wait(broker, pushed, None)
+        return call._value(broker, result)
+
+    def local(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Call the function in this process, as plain Python; an async one gives its coroutine.
+
+        Raises:
+            ExecutionError: it was looked up by name, so its code is not here.
+        """
+        return self.get_raw_f()(*args, **kwargs)
+
+    def get_raw_f(self) -> Callable[..., Any]:
+        """The function as it was defined.
+
+        Raises:
+            ExecutionError: it was looked up by name, so its code is not here.
+        """
+        if self._raw is None:
+            raise ExecutionError(
+                f"function {self._name!r} of app {self._home.description!r} was looked up by name: its code is not in "
+                "this process; use .remote() or .spawn()"
+            )
+        return self._raw
+
+    def _input(
+        self, broker: Broker, record: FunctionRecord, kind: str, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Input:
+        spec = record.spec
+        if spec.is_generator:
+            raise InvalidError(f"{self._name!r} is a generator function: use .remote_gen(), not .{kind}()")
+        main = serialization.main_name()
+        main_as = main if main is not None and main.partition(".")[0] in record.modules else None
+        format, body = serialization.encode_arguments(args, kwargs, main_as)
+        running = context.current.get()
+        return Input(
+            address=Address(record.app, self._name, SHARED_POOL, new_call_id(broker.token), 0),
+            body=body,
+            format=format,
+            kind=kind,
+            client=broker.client,
+            parent=running.key if running else "",
+            result_ttl=spec.result_ttl or (_REMOTE_RESULT_TTL if kind == "remote" else None),
+            keep_result=spec.keep_result,
+            preview=serialization.preview(format, body) if broker.settings.preview else "",
+        )
+
+    # --- what a handle says of itself --------------------------------------------------------------------------------
+
+    @property
+    def app(self) -> Any:
+        """The App that defines it.
+
+        Raises:
+            ExecutionError: it was looked up by name.
+        """
+        self.get_raw_f()
+        return self._home
+
+    @property
+    def spec(self) -> FunctionSpec:
+        """Its options, as they were given to `@app.function`."""
+        if self._spec is None:
+            raise ExecutionError(f"function {self._name!r} was looked up by name: its options are not in this process")
+        return self._spec
+
+    @property
+    def name(self) -> str:
+        """Its name in its app."""
+        return self._name
+
+    @property
+    def is_generator(self) -> bool:
+        return self.spec.is_generator
+
+    @property
+    def object_id(self) -> str:
+        """An id for people: `fu-<app>.<function>`."""
+        return f"fu-{self._home.wire_name() or self._home.description}.{self._name}"
+
+    def __repr__(self) -> str:
+        return f"mesh.Function({self._home.description!r}, {self._name!r})"
+
+    def __reduce__(self) -> Any:
+        app = self._home.wire_name()
+        if app is None:
+            raise InvalidError(f"{self!r} cannot be sent: its app is not running, so nobody could call it")
+        return _function_handle, (app, self._name, self._environment_name() or _configured_environment())
+
+    # --- what later issues build -------------------------------------------------------------------------------------
+
+    def _not_built(self, what: str) -> UnimplementedError:
+        return UnimplementedError(f"Function.{what} is not built yet")
+
+    def map(self, *args: Any, **kwargs: Any) -> Any:
+        """Not built yet."""
+        raise self._not_built("map")
+
+    def starmap(self, *args: Any, **kwargs: Any) -> Any:
+        """Not built yet."""
+        raise self._not_built("starmap")
+
+    def for_each(self, *args: Any, **kwargs: Any) -> Any:
+        """Not built yet."""
+        raise self._not_built("for_each")
+
+    def spawn_map(self, *args: Any, **kwargs: Any) -> Any:
+        """Not built yet."""
+        raise self._not_built("spawn_map")
+
+    def remote_gen(self, *args: Any, **kwargs: Any) -> Any:
+        """Not built yet."""
+        raise self._not_built("remote_gen")
+
+    def with_options(self, **options: Any) -> Any:
+        """Not built yet."""
+        raise self._not_built("with_options")
+
+    def with_concurrency(self, **options: Any) -> Any:
+        """Not built yet."""
+        raise self._not_built("with_concurrency")
+
+    def with_batching(self, **options: Any) -> Any:
+        """Not built yet."""
+        raise self._not_built("with_batching")
+
+    def update_autoscaler(self, **options: Any) -> Any:
+        """Not built yet."""
+        raise self._not_built("update_autoscaler")
+
+    def get_current_stats(self) -> Any:
+        """Not built yet."""
+        raise self._not_built("get_current_stats")
+
+    def get_web_url(self) -> Any:
+        """Not built yet."""
+        raise self._not_built("get_web_url")
+
+
+def _configured_environment() -> str:
+    from mesh import client
+
+    return client.settings().environment
+
+
+def _function_handle(app: str, name: str, environment: str) -> Function[..., Any]:
+    """A handle that came in a pickle; also of an app of a single run, which `from_name` would refuse."""
+    return Function(name, Elsewhere(app), environment=environment)
+
+
+async def _lookup_failed(broker: Broker, app: str, name: str) -> str:
+    """Why a function was not found, with the next step."""
+    where = f"environment {broker.topology.environment!r}"
+    head, _ = await broker.registry.head(app)
+    if head is None:
+        return f"Lookup failed for Function {name!r} from the {app!r} app: no app of this name is deployed in {where}"
+    names = ", ".join(sorted(head.functions)) or "no functions"
+    return f"Lookup failed for Function {name!r} from the {app!r} app: it has {names} ({where}, version {head.version})"
+
+
+class FunctionCall(Generic[R]):
+    """A call that was submitted, whoever submitted it."""
+
+    def __init__(self, call_id: str, *, environment: str | None = None, address: Address | None = None) -> None:
+        """Not for users: `spawn` and `from_id` make these."""
+        self._id = call_id
+        self._environment = environment
+        self._address = address
+
+    @staticmethod
+    def from_id(function_call_id: str, client: object = None) -> FunctionCall[Any]:
+        """The handle on a call whose id is known. No I/O, and never fails: whether it exists shows at its first use."""
+        return FunctionCall(function_call_id)
+
+    @property
+    def object_id(self) -> str:
+        """The call's id, `fc-…`. Who knows it may read the result."""
+        return self._id
+
+    def __repr__(self) -> str:
+        return f"mesh.FunctionCall({self._id!r})"
+
+    def __reduce__(self) -> Any:
+        return _call_handle, (self._id, self._environment)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionCall) and cast(FunctionCall[Any], other)._id == self._id
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+    async def _broker(self) -> Broker:
+        from mesh import client
+
+        here = context.container()
+        return await client.broker(self._environment or (here.environment if here else None))
+
+    @both
+    async def get(self, /, timeout: float | None = None, *, index: int = 0) -> R:
+        """The value the call returned. Reading it does not use it up.
+
+        Args:
+            timeout: seconds to wait for it; `None` waits as long as it can still come, 0 looks once.
+            index: which input's, of a call with several.
+
+        Raises:
+            TimeoutError: the builtin one (a subclass, `NotReadyError`): there is no result yet.
+            OutputExpiredError: it finished, and its result is gone.
+            NotFoundError: there is no such call.
+            Exception: what the call itself came to; see `Function.remote`.
+        """
+        broker = await self._broker()
+        key = self._key(index)
+        if timeout is not None and timeout <= 0:
+            result = await self._read(broker, key) or await self._look(broker, index)
+        else:
+            with context.waiting_in_mesh():
+                async with broker.results.waiting(key) as pushed:
+                    result = await self._read(broker, key)
+                    if result is None:
+                        if self._address is None:
+                            await self._look(broker, index)
+                        result = await self._wait(broker, pushed, timeout, index)
+        if result is None:
+            raise NotReadyError(f"call {self._id} has no result yet")
+        return self._value(broker, result)
+
+    def _key(self, index: int) -> str:
+        if not is_call_id(self._id):
+            raise NotFoundError(f"there is no call {self._id!r}: a call's id is fc- and 26 characters")
+        return f"{self._id}.{index}"
+
+    async def _read(self, broker: Broker, key: str) -> Result | None:
+        from mesh.broker import translated
+
+        async with translated(f"reading the result of {self._id}"):
+            return await broker.results.get(key)
+
+    async def _wait(
+        self, broker: Broker, pushed: asyncio.Future[Result], timeout: float | None, index: int = 0
+    ) -> Result:
+        """The result, once it is pushed. Looks at times whether it can still come.
+
+        Raises:
+            NotReadyError: not within `timeout`. NotFoundError, OutputExpiredError: it cannot come any more.
+        """
+        import asyncio
+
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for pause in itertools.chain([_SILENCE], itertools.repeat(_LOOK_AGAIN)):
+            left = pause if deadline is None else min(pause, deadline - time.monotonic())
+            await asyncio.wait([pushed], timeout=max(left, 0))
+            if pushed.done():
+                return pushed.result()
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+            if pause == _SILENCE:
+                await self._warn_without_worker(broker)
+            elif result := await self._look_quietly(broker, index):
+                return result
+        raise NotReadyError(f"call {self._id} has no result after {timeout:g} s")
+
+    async def _look_quietly(self, broker: Broker, index: int) -> Result | None:
+        """`_look`, while the server may be away: then there is nothing to see, and waiting goes on."""
+        from mesh.exception import ConnectionError as Unreachable
+
+        try:
+            return await self._look(broker, index)
+        except Unreachable:
+            return None
+
+    async def _look(self, broker: Broker, index: int) -> Result | None:
+        """The result if it is there by now, `None` if it can still come.
+
+        Looks in the order in which a call moves, so that it cannot slip past: the queue, then the results.
+
+        Raises:
+            NotFoundError, OutputExpiredError: neither is the case.
+        """
+        from mesh.broker import translated
+
+        async with translated(f"looking for {self._id}"):
+            if await broker.calls.find(self._id, index, at=self._address) is not None:
+                return None
+            result = await broker.results.get(self._key(index))
+            if result is None:
+                raise await self._gone(broker)
+            return result
+
+    async def _gone(self, broker: Broker) -> Exception:
+        max_age = await broker.max_age()
+        age = time.time() - call_time(self._id)
+        if age > max_age:
+            return OutputExpiredError(f"the result of call {self._id} was kept for {max_age:g} s, and is gone")
+        if age < -_CLOCK_TOLERANCE:
+            return NotFoundError(f"there is no call {self._id}: its time lies in the future")
+        return NotFoundError(
+            f"there is no call {self._id} in environment {broker.topology.environment!r}: it was never accepted, or "
+            "its result was kept for a shorter time (`remote` keeps it an hour, `result_ttl=` as long as it says)"
+        )
+
+    async def _warn_without_worker(self, broker: Broker) -> None:
+        """After some seconds of silence: say so if nobody is there to run the call."""
+        with contextlib.suppress(Exception):  # only a hint; the wait itself finds out what is wrong
+            reason = await _why_waiting(broker, self._address)
+            if reason:
+                warnings.warn(f"call {self._id} waits: {reason}", ServerWarning, stacklevel=2)
+
+    def _value(self, broker: Broker, result: Result) -> R:
+        """The value in a result, or the exception it stands for, raised."""
+        if result.state is not State.SUCCEEDED:
+            raise serialization.unpack_exception(Failure.decode(result.body), unpickle=broker.settings.unpickle)
+        if result.format == "pickle" and not broker.settings.unpickle:
+            raise DeserializationError(f"the result of {self._id} is a pickle, and MESH_UNPICKLE forbids reading those")
+        try:
+            return cast(R, serialization.decode(result.format, result.body))
+        except DeserializationError as error:
+            raise ExecutionError(f"the result of {self._id} cannot be read here: {error}") from error
+
+    @both
+    async def status(self, /, *, index: int = 0) -> CallStatus:
+        """What has become of the call: state, attempts, times, worker, last error. Does not read its value.
+
+        Raises:
+            NotFoundError, OutputExpiredError: as `get`.
+        """
+        from mesh.broker import translated
+
+        broker = await self._broker()
+        key = self._key(index)
+        async with translated(f"looking for {self._id}"):
+            result = await broker.results.get(key)
+            if result is None:
+                queued = await broker.calls.find(self._id, index, at=self._address)
+                if queued is not None:
+                    return await self._unfinished(broker, key, broker.calls.address(queued))
+                result = await broker.results.get(key)
+        if result is None:
+            raise await self._gone(broker)
+        return CallStatus(
+            state=result.state,
+            function=result.function,
+            attempts=result.attempt,
+            created=call_time(self._id),
+            started=result.started or None,
+            finished=result.finished or None,
+            worker=result.worker,
+            last_error=result.error,
+        )
+
+    async def _unfinished(self, broker: Broker, key: str, address: Address | None) -> CallStatus:
+        log = await broker.attempts.get(key)
+        workers = await broker.workers.all()
+        worker = next((w.worker for w in workers if key in w.running), "")
+        state = State.RUNNING if worker else State.RETRYING if log.tries else State.QUEUED
+        return CallStatus(
+            state=state,
+            function=address.path if address else "",
+            attempts=log.tries + (1 if worker else 0),
+            created=call_time(self._id),
+            worker=worker,
+            last_error=log.last_error,
+            waiting_for="" if worker else await _why_waiting(broker, address),
+        )
+
+    @both
+    async def num_inputs(self, /) -> int:
+        """How many inputs the call has: 1 for `spawn` and `remote`."""
+        return 1
+
+    @both_static
+    async def gather(*calls: FunctionCall[Any], return_exceptions: bool = False) -> list[Any]:
+        """The values of several calls, in their order.
+
+        Args:
+            return_exceptions: give what a failed call raised in its place, instead of raising the first one.
+        """
+        import asyncio
+
+        values = await asyncio.gather(*(call.get.aio() for call in calls), return_exceptions=return_exceptions)
+        return list(values)
+
+    # --- what later issues build -------------------------------------------------------------------------------------
+
+    def cancel(self, terminate_containers: bool = False) -> None:
+        """Not built yet."""
+        raise UnimplementedError("FunctionCall.cancel is not built yet")
+
+    def iter(self, *, start: int = 0, end: int | None = None) -> Any:
+        """Not built yet."""
+        raise UnimplementedError("FunctionCall.iter is not built yet")
+
+    def get_call_graph(self) -> Any:
+        """Not built yet."""
+        raise UnimplementedError("FunctionCall.get_call_graph is not built yet")
+
+
+def _call_handle(call_id: str, environment: str | None) -> FunctionCall[Any]:
+    return FunctionCall(call_id, environment=environment)
+
+
+async def _why_waiting(broker: Broker, address: Address | None) -> str:
+    """Why nobody runs a queued call, if that can be told; empty if somebody could."""
+    workers = [worker for worker in await broker.workers.all() if not worker.draining]
+    if not workers:
+        where = broker.topology.environment
+        return f"no worker runs in environment {where!r}; start one with `mesh worker` (or `mesh up`)"
+    if address is None:
+        return ""
+    reasons = [worker.unfit.get(address.path, "") for worker in workers]
+    return "; ".join(dict.fromkeys(reasons)) if all(reasons) else ""

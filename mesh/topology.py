@@ -1,0 +1,318 @@
+"""JetStream as data: every stream, bucket, consumer and subject of the mesh, and its name.
+
+Nothing here talks to a server. Configurations are the JSON of the JetStream API (durations in nanoseconds), because
+nats-py's dataclasses cannot say all of it. `docs/inspect.md` shows the same things from the operator's side; why each
+setting is as it is, is said beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mesh.exception import InvalidError
+from mesh.protocol import Address, is_call_id
+from mesh.spec import MAX_RESULT_AGE, check_environment, check_name
+
+SCHEMA = 1  # of the topology; kept in `mesh_meta` under `schema`
+MIN_API_LEVEL = 4  # nats-server 2.14: work-queue details, atomic batches, republish as used here
+SHARED_POOL = "_"  # the pool of calls without class parameters or options of their own
+
+_SECOND = 1_000_000_000
+MiB = 1 << 20
+
+Config = dict[str, Any]
+
+
+def escape(name: str) -> str:
+    """An app's or function's name as one token of a subject: a dot would be two. `=` is in no name."""
+    return name.replace(".", "=")
+
+
+def unescape(token: str) -> str:
+    """The inverse of `escape`."""
+    return token.replace("=", ".")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What an environment's streams may grow to. `None` lets `init` choose from what the account has left.
+
+    Attributes:
+        calls, results, logs, dead: bytes; the server reserves them when the stream is made.
+        max_age: seconds a result is kept. ack_wait: seconds after which an unrenewed lease goes to another worker.
+        replicas: copies of everything, on a cluster.
+    """
+
+    calls: int | None = None
+    results: int | None = None
+    logs: int | None = None
+    dead: int | None = None
+    max_age: float = MAX_RESULT_AGE
+    ack_wait: float = 15.0
+    replicas: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Names and configurations of one environment: a namespace of its own on the server."""
+
+    environment: str = "main"
+
+    def __post_init__(self) -> None:
+        check_environment(self.environment)
+
+    # --- names -------------------------------------------------------------------------------------------------------
+
+    @property
+    def root(self) -> str:
+        """The first token of every subject, and the start of every bucket's name."""
+        return "mesh" if self.environment == "main" else f"mesh-{self.environment}"
+
+    def stream(self, name: str) -> str:
+        """`CALLS` → `MESH_CALLS`, or `MESH-STAGING_CALLS` in the environment `staging`."""
+        return f"{self.root.upper()}_{name}"
+
+    def bucket(self, name: str) -> str:
+        """`results` → `mesh_results`, or `mesh-staging_results`."""
+        return f"{self.root}_{name}"
+
+    def bucket_stream(self, name: str) -> str:
+        """The stream behind a KV bucket."""
+        return f"KV_{self.bucket(name)}"
+
+    def key_subject(self, bucket: str, key: str) -> str:
+        """The subject that a key of a KV bucket is."""
+        return f"$KV.{self.bucket(bucket)}.{key}"
+
+    @property
+    def calls(self) -> str:
+        return self.stream("CALLS")
+
+    @property
+    def dead(self) -> str:
+        return self.stream("DEAD")
+
+    @property
+    def logs(self) -> str:
+        return self.stream("LOGS")
+
+    # --- subjects ----------------------------------------------------------------------------------------------------
+
+    def call_subject(self, address: Address) -> str:
+        """Where an input is published."""
+        app, function = escape(address.app), escape(address.function)
+        return f"{self.root}.call.{app}.{function}.{address.pool}.{address.call}.{address.index}"
+
+    def call_filter(
+        self, *, app: str = "*", function: str = "*", pool: str = "*", call: str = "*", index: str = "*"
+    ) -> str:
+        """All inputs that match: a token left out matches everything."""
+        return f"{self.root}.call.{escape(app)}.{escape(function)}.{pool}.{call}.{index}"
+
+    def parse_call(self, subject: str) -> Address:
+        """The address in an input's subject.
+
+        Raises:
+            InvalidError: a part of it cannot be what its place says. Only the number of tokens is the server's to check.
+        """
+        tokens = subject.removeprefix(f"{self.root}.call.").split(".")
+        if len(tokens) != 5:
+            raise InvalidError(f"{subject!r} is not the subject of a call")
+        app, function, pool, call, index = tokens
+        check_name("app", unescape(app))
+        check_name("function", unescape(function))
+        if not is_call_id(call) or not index.isdigit() or (len(index) > 1 and index[0] == "0"):
+            raise InvalidError(f"{subject!r} does not end with a call id (fc- and 26 characters) and an input's number")
+        return Address(unescape(app), unescape(function), pool, call, int(index))
+
+    def done_subject(self, call: str, index: str = "*") -> str:
+        """Where the server publishes a result once it is stored."""
+        return f"{self.root}.done.{call[:-8]}.{call[-8:]}.{index}"
+
+    def done_filter(self, token: str) -> str:
+        """All results of one client's calls."""
+        return f"{self.root}.done.*.{token}.*"
+
+    def deployed_subject(self, app: str = "*") -> str:
+        """Where the server publishes the head of an app once it is stored."""
+        return f"{self.root}.deployed.{escape(app)}"
+
+    def log_subject(self, app: str, function: str, call: str, index: int | str) -> str:
+        """Where the output of an input goes; a container's own has `_` for the call, and its name for the index."""
+        return f"{self.root}.log.{escape(app)}.{escape(function)}.{call}.{index}"
+
+    def log_filter(self, *, app: str, call: str = "*") -> str:
+        return f"{self.root}.log.{escape(app)}.*.{call}.*"
+
+    def dead_subject(self, address: Address) -> str:
+        """Where the original of an input goes that failed for good."""
+        app, function = escape(address.app), escape(address.function)
+        return f"{self.root}.dead.{app}.{function}.{address.call}.{address.index}"
+
+    def quarantine_subject(self, subject: str) -> str:
+        """Where a message goes that is no call, with its reason: its own tokens, under `dead`."""
+        return f"{self.root}.dead._malformed.{subject.removeprefix(f'{self.root}.call.')}"
+
+    def cancel_subject(self, call: str = "*", index: str = "*") -> str:
+        """Where workers listen for cancels."""
+        return f"{self.root}.cancel.{call}.{index}"
+
+    # --- keys --------------------------------------------------------------------------------------------------------
+
+    def function_key(self, app: str, function: str) -> str:
+        return f"{escape(app)}.{escape(function)}"
+
+    def head_key(self, app: str) -> str:
+        return escape(app)
+
+    # --- consumers ---------------------------------------------------------------------------------------------------
+
+    def consumer(self, app: str, function: str, pool: str = SHARED_POOL) -> str:
+        """The durable's name. `+` is in no name, so two functions can never share one."""
+        return f"{escape(app)}+{escape(function)}+{pool}"
+
+    def parse_consumer(self, name: str) -> tuple[str, str, str]:
+        """The app, function and pool a consumer is for."""
+        app, function, pool = name.split("+")
+        return unescape(app), unescape(function), pool
+
+    def consumer_config(self, app: str, function: str, pool: str, ack_wait: float, replicas: int = 1) -> Config:
+        return {
+            "durable_name": self.consumer(app, function, pool),
+            "filter_subject": self.call_filter(app=app, function=function, pool=pool),
+            "ack_policy": "explicit",
+            "ack_wait": int(ack_wait * _SECOND),
+            "deliver_policy": "all",
+            "max_deliver": -1,  # reaching it strands the message; the worker decides when to give up
+            "max_ack_pending": 1_000_000,  # delayed naks count: the default of 1,000 retries would freeze a function
+            "max_waiting": 4096,
+            "num_replicas": replicas,
+            "metadata": {"mesh.app": app, "mesh.function": function, "mesh.pool": pool},
+        }
+
+    # --- streams -----------------------------------------------------------------------------------------------------
+
+    def streams(self, limits: Limits) -> Iterator[Config]:
+        """Every stream of the environment, the largest first: where space is short, it fails before anything stands."""
+        yield self._calls(limits)
+        yield self._results(limits)
+        yield self._stream("DEAD", ["dead.>"], limits, limits.dead)
+        yield self._stream("LOGS", ["log.*.*.*.*"], limits, limits.logs, max_age=int(3 * 86_400 * _SECOND))
+        yield self._bucket("functions", limits, max_msgs_per_subject=20, **self._head_republish())
+        yield self._bucket("code", limits)
+        yield self._objects("code", limits)
+        yield self._bucket("attempts", limits, max_age=int(limits.max_age * _SECOND))
+        yield self._bucket("workers", limits, allow_msg_ttl=True)
+        yield self._bucket("slots", limits, allow_msg_ttl=True)
+        yield self._bucket("apps", limits, allow_msg_ttl=True)
+        yield self._bucket("meta", limits)
+
+    def _calls(self, limits: Limits) -> Config:
+        return {
+            **self._base(self.calls, limits, limits.calls),
+            # Five tokens exactly: a stray dot fails at once instead of being stored where no consumer looks.
+            "subjects": [f"{self.root}.call.*.*.*.*.*"],
+            "retention": "workqueue",
+            # One subject cannot be queued twice at the same time, and a full queue refuses instead of forgetting.
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "discard_new_per_subject": True,
+            "duplicate_window": 120 * _SECOND,
+            "max_consumers": 10_000,  # unset means 1,000
+            "allow_direct": True,
+            "allow_atomic": True,
+            "allow_batched": True,
+            # Rollups strand other calls of the function; a message TTL deletes calls in flight; both stay off.
+            "allow_rollup_hdrs": False,
+        }
+
+    def _results(self, limits: Limits) -> Config:
+        subject = self.key_subject("results", "")
+        return {
+            **self._base(self.bucket_stream("results"), limits, limits.results),
+            "subjects": [f"{subject}>"],
+            "max_age": int(limits.max_age * _SECOND),  # counts from completion, because that is when it is stored
+            # Created, never overwritten, by us or by anybody: the first finisher wins.
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "discard_new_per_subject": True,
+            "allow_rollup_hdrs": False,
+            "deny_delete": True,
+            "deny_purge": True,
+            "allow_direct": True,
+            "allow_msg_ttl": True,
+            "allow_atomic": True,
+            "duplicate_window": self._window(limits.max_age),
+            # Pushed after it is stored, on a subject that one subscription of the client covers.
+            "republish": {
+                "src": f"{subject}*.*",
+                "dest": f"{self.root}.done.{{{{splitfromright(1,8)}}}}.{{{{wildcard(2)}}}}",
+            },
+        }
+
+    def _head_republish(self) -> Config:
+        source = self.key_subject("functions", "*")
+        return {
+            "allow_atomic": True,
+            "republish": {"src": source, "dest": f"{self.root}.deployed.{{{{wildcard(1)}}}}"},
+        }
+
+    def _bucket(self, name: str, limits: Limits, **changes: Any) -> Config:
+        """A KV bucket without delete markers: with them `create` of an expired key fails. Deletes go by sequence."""
+        config = {
+            **self._base(self.bucket_stream(name), limits, None),
+            "subjects": [self.key_subject(name, ">")],
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "allow_direct": True,
+            "allow_rollup_hdrs": True,  # what the plain `nats kv del` and `purge` need
+            **changes,
+        }
+        if config.get("max_age"):
+            config["duplicate_window"] = self._window(config["max_age"] / _SECOND)
+        return config
+
+    def _objects(self, name: str, limits: Limits) -> Config:
+        bucket = self.bucket(name)
+        return {
+            **self._base(f"OBJ_{bucket}", limits, None),
+            "subjects": [f"$O.{bucket}.C.>", f"$O.{bucket}.M.>"],
+            "discard": "new",
+            "allow_direct": True,
+            "allow_rollup_hdrs": True,
+        }
+
+    def _stream(self, name: str, subjects: list[str], limits: Limits, size: int | None, **changes: Any) -> Config:
+        return {
+            **self._base(self.stream(name), limits, size),
+            "subjects": [f"{self.root}.{subject}" for subject in subjects],
+            "discard": "old",
+            "allow_direct": True,
+            **changes,
+        }
+
+    def _base(self, name: str, limits: Limits, size: int | None) -> Config:
+        return {
+            "name": name,
+            "storage": "file",
+            "retention": "limits",
+            "num_replicas": limits.replicas,
+            "max_bytes": size if size is not None else -1,
+            "metadata": {"mesh.schema": str(SCHEMA), "mesh.environment": self.environment},
+        }
+
+    @staticmethod
+    def _window(max_age: float) -> int:
+        """The duplicate window, which the server wants to be no longer than the stream's age."""
+        return int(min(120.0, max_age) * _SECOND)
+
+
+def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings of a stream or consumer that are not as wanted: name → (found, wanted). Metadata is not looked at."""
+    return {
+        name: (found.get(name), value)
+        for name, value in wanted.items()
+        if name != "metadata" and (found.get(name) or None) != (value or None)
+    }

@@ -1,0 +1,150 @@
+"""Names of Modal's API that mesh does not have yet: they can be imported, and say what they are when used."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from mesh.exception import UnimplementedError
+
+
+def _refuse(name: str) -> NoReturn:
+    raise UnimplementedError(f"mesh.{name} is not built yet")
+
+
+class _Unbuilt(type):
+    """A class none of whose attributes can be used."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _refuse(f"{cls.__name__}.{name}")
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        _refuse(cls.__name__)
+
+
+class Client(metaclass=_Unbuilt):
+    """Not built yet: settings say which server is used."""
+
+
+class CloudBucketMount(metaclass=_Unbuilt):
+    """Only Modal's cloud has it."""
+
+
+class Cls(metaclass=_Unbuilt):
+    """Not built yet."""
+
+
+class Dict(metaclass=_Unbuilt):
+    """Not built yet."""
+
+
+class Environment(metaclass=_Unbuilt):
+    """Not built yet: `environment_name=` and MESH_ENVIRONMENT choose one."""
+
+
+class Image:
+    """Not built yet: can be described and given to functions, which then cannot be deployed."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "imports":
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+    @staticmethod
+    def debian_slim(python_version: str | None = None, **options: Any) -> Image:
+        return Image()
+
+
+class NetworkFileSystem(metaclass=_Unbuilt):
+    """Only Modal's cloud has it."""
+
+
+class Proxy(metaclass=_Unbuilt):
+    """Only Modal's cloud has it."""
+
+
+class Queue(metaclass=_Unbuilt):
+    """Not built yet."""
+
+
+class Sandbox(metaclass=_Unbuilt):
+    """Only Modal's cloud has it."""
+
+
+class Secret(metaclass=_Unbuilt):
+    """Not built yet."""
+
+
+class Tunnel(metaclass=_Unbuilt):
+    """Only Modal's cloud has it."""
+
+
+class Volume(metaclass=_Unbuilt):
+    """Not built yet."""
+
+
+class Workspace(metaclass=_Unbuilt):
+    """Only Modal's cloud has it."""
+
+
+def asgi_app(*args: Any, **options: Any) -> Any:
+    """Not built yet."""
+    _refuse("asgi_app")
+
+
+def batched(*args: Any, **options: Any) -> Any:
+    """Not built yet."""
+    _refuse("batched")
+
+
+def concurrent(*args: Any, **options: Any) -> Any:
+    """Not built yet."""
+    _refuse("concurrent")
+
+
+def enter(*args: Any, **options: Any) -> Any:
+    """Not built yet."""
+    _refuse("enter")
+
+
+def exit(*args: Any, **options: Any) -> Any:  # noqa: A001 - Modal's name
+    """Not built yet."""
+    _refuse("exit")
+
+
+def fastapi_endpoint(*args: Any, **options: Any) -> Any:
+    """Not built yet."""
+    _refuse("fastapi_endpoint")
+
+
+def forward(*args: Any, **options: Any) -> Any:
+    """Only Modal's cloud has it."""
+    _refuse("forward")
+
+
+def method(*args: Any, **options: Any) -> Any:
+    """Not built yet."""
+    _refuse("method")
+
+
+def parameter(*args: Any, **options: Any) -> Any:
+    """Not built yet."""
+    _refuse("parameter")
+
+
+def web_server(*args: Any, **options: Any) -> Any:
+    """Not built yet."""
+    _refuse("web_server")
+
+
+def web_endpoint(*args: Any, **options: Any) -> Any:
+    """Gone from Modal, too: the name is `fastapi_endpoint`."""
+    from mesh.exception import DeprecationError
+
+    raise DeprecationError("web_endpoint is gone; use fastapi_endpoint")
+
+
+def wsgi_app(*args: Any, **options: Any) -> Any:
+    """Not built yet."""
+    _refuse("wsgi_app")

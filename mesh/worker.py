@@ -1,0 +1,555 @@
+"""The worker: a daemon on a machine that runs everything deployed that fits it.
+
+`run` reads as what happens: startup, main loop, drain. A pool does the work of one function (`pool`), settling has its
+own module (`settle`); here is what they share: leases that are renewed, room for containers, and being seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import platform
+import random
+import re
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+
+import mesh
+from mesh import container as containers
+from mesh import deploy
+from mesh.background import Background
+from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered
+from mesh.broker.fleet import RENEW_WORKER
+from mesh.codecache import CodeCache
+from mesh.config import Settings
+from mesh.container import Container
+from mesh.exception import Error
+from mesh.pool import Pool, PoolKey
+from mesh.records import AppHead, AppState, FunctionRecord, WorkerRecord
+from mesh.settle import Held, Settler
+from mesh.topology import SHARED_POOL
+
+logger = logging.getLogger("mesh.worker")
+
+_TICK = 0.5  # seconds between looks at what has no event of its own
+_REREAD = 20.0  # seconds between reads of all heads, in case a push was missed
+_SEEN_AFTER = 1.0  # seconds after which a running input is announced, so that short ones cost nothing
+_SLICE = 1.0  # seconds a container keeps its place once it has it, while other functions wait for one
+_SETTLE_DOWN = (0.8, 1.2)  # seconds after a reconnect in which leases are renewed and nothing new is asked for
+_HELD_TOO_LONG = 2.0  # seconds after which an input that has no room here goes to a worker that has
+_RUNS_SWEEP = 10.0  # seconds between looks whether apps of a single run have lost their client
+
+
+class ExitCode(IntEnum):
+    """How a worker ended."""
+
+    DRAINED = 0
+    ABNORMAL = 1
+    SECOND_SIGNAL = 8
+
+
+class Worker:
+    """Runs inputs for one environment.
+
+    Args:
+        settings: what is set. capacity: containers it may run at once; 8 for each core by default.
+        on_output: called with each piece of output: `app.function`, the input's id or the container's name, stream
+            (1 or 2), text.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        on_output: Callable[[str, str, int, str], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.capacity = settings.containers or 8 * (os.cpu_count() or 1)
+        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
+        self.name = f"{host}-{secrets.token_hex(3)}"
+        self.background = Background()
+        self.draining = False
+        self._pools: dict[PoolKey, Pool] = {}
+        self._by_consumer: dict[str, Pool] = {}
+        self._held: dict[str, Held] = {}
+        self._heads: dict[str, AppHead] = {}
+        self._ended_runs: set[str] = set()
+        self._seq = itertools.count(1)
+        self._container_numbers = itertools.count(1)
+        self._show_output = on_output
+        self._stop = asyncio.Event()
+        self._signals = 0
+        self._started = time.time()
+        self._pulling_from = 0.0
+        self._announced = 0.0
+        self._announcement: tuple[str, ...] = ()
+        self._presence = 0
+
+    # --- the whole of it ---------------------------------------------------------------------------------------------
+
+    async def run(self, ready: Callable[[], None] = lambda: None) -> ExitCode:
+        """Work until told to stop.
+
+        Raises:
+            ConnectionError, AuthError, ServiceError, VersionError: there is no usable server.
+        """
+        await self._startup()
+        ready()
+        try:
+            await self._main_loop()
+        finally:
+            code = await self._drain()
+        return code
+
+    def stop(self) -> None:
+        """First time: take nothing new, and finish. Second time: now."""
+        self._signals += 1
+        if self._signals > 1:
+            self.settler.give_up()
+        self._stop.set()
+
+    async def _startup(self) -> None:
+        self.broker = await Broker.open(self.settings, role="worker")
+        await self.broker.ensure()
+        self.ack_wait = await self.broker.ack_wait()
+        self.settler = Settler(self.broker)
+        self.code = CodeCache(self.broker, self.settings.cache_dir)
+        self.puller = Puller(self.broker.connection, self.broker.topology, self._on_lease, self._on_void)
+        events = self.broker.connection.events
+        events.disconnected.append(self._on_disconnected)
+        events.reconnected.append(lambda: self.background.spawn(self._on_reconnected()))
+        events.closed.append(self._stop.set)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # not the main thread
+                loop.add_signal_handler(number, self.stop)
+        await self.puller.start()
+        await self.broker.registry.watch(self._on_head, self._on_unreadable)
+        await self._announce()
+        await self._read_heads()
+        logger.info(
+            "worker %s is ready: %d containers, environment %s, %s",
+            self.name,
+            self.capacity,
+            self.broker.topology.environment,
+            self.settings.safe_url,
+        )
+
+    async def _main_loop(self) -> None:
+        duties = [
+            self.background.spawn(self._regularly(_TICK, self._tick)),
+            self.background.spawn(self._regularly(self.ack_wait / 12, self._renew_leases)),
+            self.background.spawn(self._regularly(_REREAD, self._read_heads)),
+            self.background.spawn(self._regularly(_RUNS_SWEEP, self._sweep_runs)),
+        ]
+        await self._stop.wait()
+        for duty in duties:
+            duty.cancel()
+
+    async def _regularly(self, pause: float, duty: Callable[[], object]) -> None:
+        """Do something again and again, whatever becomes of one time."""
+        while True:
+            await asyncio.sleep(pause * random.uniform(0.9, 1.1))
+            try:
+                done = duty()
+                if asyncio.iscoroutine(done):
+                    await done
+            except (Unanswered, NoResponders, StoreError, Error) as error:
+                logger.debug("%s: %r", getattr(duty, "__name__", duty), error)
+
+    async def _drain(self) -> ExitCode:
+        """Take nothing new, let running inputs finish within the grace, and hand back the rest at once."""
+        self.draining = True
+        if self.broker.connection.is_closed:
+            logger.error("the connection was closed for good; ending")
+            self._kill_containers("its worker lost the server for good")
+            return ExitCode.ABNORMAL
+        renewing = self.background.spawn(self._regularly(self.ack_wait / 12, self._renew_leases))
+        await self.puller.stop()
+        for pool in self._pools.values():
+            pool.hand_back("the worker is stopping")
+        with contextlib.suppress(TimeoutError, Unanswered, NoResponders, StoreError):
+            await asyncio.wait_for(self._announce(), 2)
+        busy = sum(pool.running for pool in self._pools.values())
+        if busy:
+            logger.info("stopping: %d running, given %g s; again to stop now", busy, self.settings.grace)
+        await self._wait_for_containers()
+        await self._end_containers()
+        await self._settle_all()
+        renewing.cancel()
+        if self._presence:
+            with contextlib.suppress(Exception):  # it lapses by itself
+                await self.broker.workers.withdraw(self._presence)
+        await self.background.cancel()
+        await self.broker.close()
+        logger.info("worker %s has stopped", self.name)
+        return ExitCode.SECOND_SIGNAL if self._signals > 1 else ExitCode.DRAINED
+
+    async def _wait_for_containers(self) -> None:
+        """Until nothing runs, the grace is over, or there is a second signal."""
+        deadline = time.monotonic() + self.settings.grace
+        for pool in self._pools.values():
+            for container in list(pool.containers):
+                container.take_back()
+                container.stop()
+        while any(pool.running for pool in self._pools.values()) and self._signals < 2:
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(0.02)
+
+    async def _end_containers(self) -> None:
+        """Kill what is left; what ran in it is handed back without counting as a try."""
+        for pool in self._pools.values():
+            pool.abandon("the worker is stopping")
+        ending = [c for pool in self._pools.values() for c in pool.containers]
+        if ending:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await asyncio.gather(*(container.ended() for container in ending))
+
+    async def _settle_all(self) -> None:
+        """Until everything held is settled, as long as the store answers."""
+        deadline = time.monotonic() + (self.settings.grace if self._signals < 2 else 2.0)
+        while self._held and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self.settler.give_up()
+        with contextlib.suppress(Unanswered):
+            await self.broker.connection.flush()
+
+    def _kill_containers(self, reason: str) -> None:
+        for pool in self._pools.values():
+            for container in pool.containers:
+                container.kill(reason)
+
+    # --- what is deployed --------------------------------------------------------------------------------------------
+
+    async def _read_heads(self) -> None:
+        """All apps, as the store has them; what vanished there vanishes here."""
+        heads = await self.broker.registry.heads()
+        existing = await self.broker.registry.consumers()
+        missing = [
+            (head.app, name, SHARED_POOL)
+            for head in heads.values()
+            for name in head.functions
+            if self.broker.topology.consumer(head.app, name) not in existing
+        ]
+        await self.broker.registry.add_consumers(missing, self.ack_wait)
+        for app in set(self._heads) - set(heads):
+            self._forget_app(app)
+        for head in heads.values():
+            await self._take_head(head)
+
+    def _on_head(self, head: AppHead) -> None:
+        self.background.spawn(self._take_head(head))
+
+    def _on_unreadable(self, subject: str, error: Exception) -> None:
+        logger.error("%s was deployed by a mesh this one does not understand: %s", subject, error)
+
+    async def _take_head(self, head: AppHead) -> None:
+        """Make the pools what a deployment says."""
+        known = self._heads.get(head.app)
+        if known is not None and known.version >= head.version and self._has_pools(head):
+            return
+        if head.state is AppState.STOPPED and head.app.startswith("ap-"):
+            self._heads[head.app] = head
+            self._forget_app(head.app, "its app has ended")
+            return
+        names = set(head.functions)
+        names.update(key.function for key in self._pools if key.app == head.app)
+        if known is None:
+            names.update(await self.broker.registry.recorded(head.app))
+        records = await self.broker.registry.functions(head.app, names)
+        current = self._heads.get(head.app)
+        if current is not None and current.version > head.version:
+            return  # a newer one came while this one was read
+        self._heads[head.app] = head
+        for name, record in records.items():
+            self._set_pool(PoolKey(head.app, name), record)
+
+    def _has_pools(self, head: AppHead) -> bool:
+        return all(PoolKey(head.app, name) in self._pools for name in head.functions)
+
+    def _set_pool(self, key: PoolKey, record: FunctionRecord) -> None:
+        pool = self._pools.get(key)
+        unfit = self._unfit(record)
+        if pool is None:
+            pool = self._pools[key] = Pool(self, key, record, unfit)
+            self._by_consumer[pool.consumer] = pool
+            logger.info("%s version %s%s", key.path, record.version[:12], f", not run here: {unfit}" if unfit else "")
+            pool.feed()
+        elif pool.record != record:
+            pool.update(record, unfit)
+            logger.info("%s %s", key.path, "is removed" if record.removed else f"is now version {record.version[:12]}")
+
+    def _unfit(self, record: FunctionRecord) -> str:
+        """Why this worker does not run a function; empty if it does."""
+        own = ".".join(platform.python_version_tuple()[:2])
+        if record.code.by_value and record.code.python != own:
+            return (
+                f"{record.app}.{record.spec.name} was deployed by value from Python {record.code.python}, and can only "
+                f"run there; worker {self.name} has Python {own}"
+            )
+        return ""
+
+    def _forget_app(self, app: str, reason: str = "its app is gone") -> None:
+        for key in [key for key in self._pools if key.app == app]:
+            pool = self._pools.pop(key)
+            pool.close(reason)
+            # What is still on its way here is the closed pool's to settle.
+            asyncio.get_running_loop().call_later(2 * self.ack_wait, self._by_consumer.pop, pool.consumer, None)
+        if reason == "its app is gone":
+            self._heads.pop(app, None)
+
+    async def _sweep_runs(self) -> None:
+        """End apps of a single run whose client has gone. Any worker may; several at once are harmless."""
+        runs = [app for app in self._heads if app.startswith("ap-")]
+        if not runs:
+            return
+        alive = await self.broker.runs.alive()
+        for app in runs:
+            if app not in alive:
+                logger.info("%s has lost its client: ending it", app)
+                await deploy.end_run(self.broker, app)
+
+    # --- leases ------------------------------------------------------------------------------------------------------
+
+    def ask(self, consumer: str, count: int) -> None:
+        """Pull, unless it is too early after a reconnect."""
+        if self.broker.connection.is_up and time.monotonic() >= self._pulling_from:
+            self.puller.reserve(consumer, count)
+            self.background.spawn(self.puller.ask(consumer, count))
+
+    def _on_lease(self, lease: Lease) -> None:
+        pool = self._by_consumer.get(lease.consumer)
+        if pool is not None:
+            pool.on_lease(lease)
+
+    def _on_void(self, consumer: str, why: str) -> None:
+        pool = self._by_consumer.get(consumer)
+        if pool is None or pool.closed or self.draining:
+            return
+        if why == "deleted":
+            self.background.spawn(self._restore_consumer(pool))
+        else:
+            pool.feed()
+
+    async def _restore_consumer(self, pool: Pool) -> None:
+        """A consumer is gone. Where the function is still there, make it again; asking too fast helps nobody."""
+        await asyncio.sleep(random.uniform(0.5, 1.0))
+        if pool.closed or self.draining:
+            return
+        try:
+            head, _ = await self.broker.registry.head(pool.key.app)
+            if head is None or (head.state is AppState.STOPPED and pool.key.app.startswith("ap-")):
+                return
+            logger.warning("the consumer of %s was deleted; making it again", pool.key.path)
+            await self.broker.registry.add_consumers([(pool.key.app, pool.key.function, pool.key.pool)], self.ack_wait)
+        except (Unanswered, NoResponders, StoreError):
+            self.background.spawn(self._restore_consumer(pool))
+            return
+        pool.feed()
+
+    def known(self, lease: Lease) -> Held | None:
+        """The input that was delivered again, if this worker still has it."""
+        return self._held.get(lease.subject)
+
+    def hold(self, held: Held) -> None:
+        """Keep a lease alive from now on."""
+        self._held[held.lease.subject] = held
+
+    def release(self, held: Held) -> None:
+        """Stop keeping a lease alive: it was acknowledged or handed back."""
+        if self._held.get(held.lease.subject) is held:
+            del self._held[held.lease.subject]
+
+    async def _renew_leases(self) -> None:
+        """Renew what was not renewed for a third of the ack wait."""
+        if not self.broker.connection.is_up:
+            return
+        due = time.monotonic() - self.ack_wait / 3
+        for held in list(self._held.values()):
+            if held.lease.renewed < due:
+                await held.lease.renew()
+
+    def _on_disconnected(self) -> None:
+        logger.warning("the server is away; what runs goes on")
+        self.puller.void_all()
+
+    async def _on_reconnected(self) -> None:
+        """Renew everything first, so that nothing is delivered to somebody else; then, after a moment, ask again."""
+        pause = random.uniform(*_SETTLE_DOWN)
+        self._pulling_from = time.monotonic() + pause
+        for held in list(self._held.values()):
+            await held.lease.renew()
+        logger.info("the server is back")
+        await asyncio.sleep(pause)
+        await self._read_heads()
+        for pool in list(self._pools.values()):
+            pool.feed()
+
+    # --- room --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _used(self) -> int:
+        """Containers that take up room: all but those that only wait for other calls, and those about to end."""
+        return sum(
+            not c.waiting and not (c.stopping and not c.load) for pool in self._pools.values() for c in pool.containers
+        )
+
+    def has_room(self) -> bool:
+        return self._used < self.capacity
+
+    def make_room(self, pool: Pool) -> bool:
+        """Whether `pool` may start a container now; an idle one of another pool ends for it."""
+        if self.has_room():
+            return True
+        idle = [
+            container
+            for other in self._pools.values()
+            if other is not pool and len(other.serving) > other.record.spec.min_containers
+            for container in other.serving
+            if container.ready and not container.load
+        ]
+        if not idle:
+            return False
+        min(idle, key=lambda c: c.idle_since).stop()
+        return True
+
+    def on_idle(self, pool: Pool, container: Container) -> None:
+        """A container has nothing to do: it ends if a function without any waits for room."""
+        if self._starving() and not self.has_room():
+            container.stop()
+            self._feed_starving()
+
+    def changed(self) -> None:
+        """There may be room now."""
+        self._feed_starving()
+        for pool in [pool for pool in self._pools.values() if pool.containers]:
+            pool.feed()
+
+    def _starving(self) -> list[Pool]:
+        """Pools whose inputs wait and that have no container, the longest waiting first."""
+        starving = [(since, pool) for pool in self._pools.values() if (since := pool.starving_since) is not None]
+        return [pool for _, pool in sorted(starving, key=lambda pair: pair[0])]
+
+    def _feed_starving(self) -> None:
+        for pool in self._starving():
+            if not self.make_room(pool):
+                break
+            pool.feed()
+
+    def _make_way(self) -> None:
+        """Let busy pools give up containers, one for each pool that waits: those with most of them first."""
+        starving = self._starving()
+        leaving = sum(c.stopping for pool in self._pools.values() for c in pool.containers)
+        now = time.monotonic()
+        for _ in range(len(starving) - leaving):
+            candidates = [
+                (len(pool.serving), now - c.started, c)
+                for pool in self._pools.values()
+                for c in pool.serving
+                if not c.waiting and (len(pool.serving) > 1 or now - c.started > _SLICE)
+            ]
+            if not candidates:
+                return
+            _, _, container = max(candidates, key=lambda candidate: candidate[:2])
+            container.take_back()
+            container.stop()
+
+    async def _pass_on(self) -> None:
+        """Hand inputs that wait for room here to workers that have it."""
+        waiting = [pool for pool in self._starving() if time.monotonic() - (pool.starving_since or 0) > _HELD_TOO_LONG]
+        if not waiting:
+            return
+        others = [w for w in await self.broker.workers.all() if w.worker != self.name and not w.draining]
+        if any(other.used < other.containers for other in others):
+            for pool in waiting:
+                pool.hand_back("another worker has room")
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        self.puller.check()
+        for pool in list(self._pools.values()):
+            pool.free_hostages()
+            pool.retire_idle()
+        if not self.has_room():
+            self._make_way()
+            await self._pass_on()
+        running = self._long_running()
+        if running != self._announcement or time.monotonic() - self._announced > RENEW_WORKER:
+            await self._announce()
+
+    def wake_at(self, moment: float, pool: Pool) -> None:
+        """Feed a pool again at a monotonic time."""
+        asyncio.get_running_loop().call_later(max(0.0, moment - time.monotonic()) + 0.01, pool.feed)
+
+    def _long_running(self) -> tuple[str, ...]:
+        return tuple(
+            assignment.owner.key
+            for pool in self._pools.values()
+            for container in pool.containers
+            for assignment in container.assignments[:1]
+            if assignment.began and time.monotonic() - assignment.began > _SEEN_AFTER
+        )
+
+    async def _announce(self) -> None:
+        """Say that this worker is alive, and what it does."""
+        self._announcement, self._announced = self._long_running(), time.monotonic()
+        pools = self._pools.values()
+        self._presence = await self.broker.workers.announce(
+            WorkerRecord(
+                worker=self.name,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                python=platform.python_version(),
+                mesh_version=mesh.__version__,
+                started=self._started,
+                containers=self.capacity,
+                used=self._used,
+                draining=self.draining,
+                running=self._announcement,
+                functions={pool.key.path: len(pool.containers) for pool in pools if pool.containers},
+                unfit={pool.key.path: pool.trouble for pool in pools if pool.trouble},
+            )
+        )
+
+    # --- what pools need ---------------------------------------------------------------------------------------------
+
+    def next_seq(self) -> int:
+        """A number for one delivery of an input, new within this worker."""
+        return next(self._seq)
+
+    def new_container_name(self) -> str:
+        return f"ta-{self.name.rpartition('-')[2]}-{next(self._container_numbers)}"
+
+    def container_variables(self, own: Mapping[str, str]) -> dict[str, str]:
+        """The environment of a container: how it reaches the mesh (as a role of its own), then the function's own."""
+        about = {
+            "MESH_ENVIRONMENT": self.broker.topology.environment,
+            "MESH_NATS_URL": self._container_url(),
+            "MESH_STATE_DIR": os.devnull,
+        }
+        return containers.environment(own, about)
+
+    def _container_url(self) -> str:
+        """Never the worker's own credentials. Where there are none, it is the same address."""
+        if self.settings.container_url:
+            return self.settings.container_url
+        return "" if self.broker.connection.needs_credentials else self.settings.nats_url
+
+    def on_output(self, key: PoolKey, container: Container, held: Held | None, stream: int, text: str) -> None:
+        """Output of a function: to whoever follows it, to the log stream, and to this worker's own output."""
+        call, index = held.key.split(".") if held else ("_", container.name)
+        subject = self.broker.topology.log_subject(key.app, key.function, call, index)
+        headers = {"Mesh-Stream": "stdout" if stream == 1 else "stderr", "Mesh-Container": container.name}
+        self.background.spawn(self.broker.log(subject, text, headers))
+        if self._show_output:
+            self._show_output(key.path, held.key if held else container.name, stream, text)
