@@ -249,7 +249,7 @@ class App:
         given = dict(locals())
         _refuse_old(old)
         _warn_of_cloud_options({option: given[option] for option in _CLOUD_OPTIONS})
-        if timeout is None:  # pyright: ignore[reportUnnecessaryComparison]  # users pass anything
+        if timeout is None:
             raise InvalidError("timeout must be a number from 1 to 86400 (seconds), not None")
         if max_inputs is not None:
             single_use_containers = _max_inputs(max_inputs)
@@ -286,7 +286,7 @@ class App:
                 self._unbuilt[own_name] = unbuilt
             return self._register(Function(own_name, self, raw=raw, spec=spec), frame.f_globals["__name__"], serialized)
 
-        return decorate  # type: ignore[return-value]  # one body for all the overloads
+        return decorate
 
     def _unbuilt_options(self, image: object, schedule: object, secrets: object, volumes: object, gpu: object) -> str:
         """Options that would change what the function does and are not built: refused when it is deployed."""
@@ -323,7 +323,7 @@ class App:
             raise InvalidError("did you forget the parentheses? Write @app.local_entrypoint()")
 
         def decorate(raw: Callable[P, R]) -> LocalEntrypoint[P, R]:
-            own_name = name or getattr(raw, "__name__", "main")
+            own_name = name or str(getattr(raw, "__name__", "main"))
             if own_name in self._entrypoints:
                 raise InvalidError(f"app {self.description!r} has a local entrypoint {own_name!r} already")
             entrypoint = LocalEntrypoint(own_name, raw, self)
@@ -439,6 +439,7 @@ class App:
         return wire
 
     @both_static
+    @staticmethod
     async def lookup(
         name: str, *, client: object = None, environment_name: str | None = None, create_if_missing: bool = False
     ) -> App:
@@ -509,7 +510,7 @@ class AppRun:
             await asyncio.sleep(RENEW_APP)
             try:
                 await broker.runs.renew(wire, broker.client)
-            except Exception as error:  # the server is away; the next renewal may still be in time
+            except Exception as error:  # noqa: BLE001 - the server is away; the next renewal may still be in time
                 logger.debug("renewing %s: %r", wire, error)
 
     async def __aexit__(self, *_: object) -> None:
@@ -544,7 +545,7 @@ async def _shown_logs(broker: Broker, wire: str) -> AsyncGenerator[None, None]:
         yield
     finally:
         with contextlib.suppress(Exception):  # the connection may be gone; there is nothing to keep then
-            await subscription.drain()
+            await subscription.drain()  # type: ignore[no-untyped-call]
 
 
 # --- checks of what users pass ---------------------------------------------------------------------------------------

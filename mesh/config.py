@@ -211,10 +211,9 @@ def _sources(flags: Mapping[str, object], start: Path) -> list[tuple[str, Mappin
     sources: list[tuple[str, Mapping[str, object]]] = [("flag", {k: v for k, v in flags.items() if v is not None})]
     sources += [(f"MESH_{name.upper()}", {name: value}) for name, value in variables.items()]
     nearest = next((path for folder in (start, *start.parents) if (path := folder / "mesh.toml").is_file()), None)
-    for path in (nearest, _home("XDG_CONFIG_HOME", ".config") / "mesh.toml"):
-        if path is not None and path.is_file():
-            sources.append((str(path), _read_toml(path)))
-    return sources
+    personal = _home("XDG_CONFIG_HOME", ".config") / "mesh.toml"
+    files = [file for file in (nearest, personal) if file is not None and file.is_file()]
+    return [*sources, *((str(file), _read_toml(file)) for file in files)]
 
 
 def _read_toml(path: Path) -> dict[str, object]:

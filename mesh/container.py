@@ -148,7 +148,7 @@ class Container:
         pipes = [os.pipe(), os.pipe()]
         own = {**variables, "MESH_TASK_ID": self.name}
         passed = (theirs.fileno(), their_control.fileno())
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: ASYNC220 - takes a millisecond; its end is seen through a pidfd
             [sys.executable, "-P", "-m", "mesh.executor", *map(str, passed), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=pipes[0][1],
@@ -218,7 +218,7 @@ class Container:
         assignment.timers.append(self._loop.call_later(assignment.timeout, self._listener.on_timeout, self, assignment))
 
     def cancel(self, assignment: Assignment, reason: str) -> None:
-        """Interrupt one input, by the ladder: raise in it; at 5 s also where it blocks its loop; then kill the container.
+        """Interrupt one input, by the ladder: raise in it; at 5 s also where it blocks its loop; at last kill it.
 
         Its `finally` blocks have the grace to end.
         """

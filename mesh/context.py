@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -85,7 +85,7 @@ _waiting_inputs: set[int] = set()
 
 
 @contextlib.contextmanager
-def waiting_in_mesh() -> Iterator[None]:
+def waiting_in_mesh() -> Generator[None]:
     """Mark that the current input only waits for other calls, so that its container lends its place to them."""
     running = current.get()
     if running is None or _container is None or running.seq in _waiting_inputs:
@@ -111,7 +111,7 @@ _output_enabled = False
 
 
 @contextlib.contextmanager
-def enable_output() -> Iterator[None]:
+def enable_output() -> Generator[None]:
     """Show what a running app's functions print, and what becomes of it, while the block runs."""
     global _output_enabled
     before, _output_enabled = _output_enabled, True

@@ -13,7 +13,6 @@ import getpass
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import secrets
@@ -97,7 +96,8 @@ class ImportFailed(InvalidError):
                 "project's own environment"
             )
         super().__init__(
-            f"module {name!r} raised while it was imported: {type(error).__name__}: {serialization.safe_str(error)}{hint}"
+            f"module {name!r} raised while it was imported: "
+            f"{type(error).__name__}: {serialization.safe_str(error)}{hint}"
         )
 
 

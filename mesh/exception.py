@@ -104,7 +104,7 @@ class ClientClosed(Error):
     """The connection this object belongs to was closed."""
 
 
-class ConnectionError(Error):  # noqa: A001 - Modal's name; code written for Modal catches modal.exception.ConnectionError
+class ConnectionError(Error):  # the builtin's name, because it is Modal's
     """The server cannot be reached, or did not answer in time."""
 
 
@@ -180,7 +180,7 @@ class ServiceError(Error):
     """The server answered with an error it should not."""
 
 
-class TimeoutError(Error):  # noqa: A001 - Modal's name, and deliberately not the builtin: see the top of this file
+class TimeoutError(Error):  # Modal's name, and deliberately not the builtin: see the top of this file
     """Base of mesh's own time limits. Not a builtin TimeoutError: see the top of this file."""
 
 

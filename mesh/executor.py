@@ -131,7 +131,7 @@ class Cancels:
             signal.getsignal(signal.SIGUSR1) != self._on_signal
             and threading.current_thread() is threading.main_thread()
         ):
-            print("mesh: the function replaced the handler of SIGUSR1, which mesh needs to cancel it", file=sys.stderr)
+            sys.stderr.write("mesh: the function replaced the handler of SIGUSR1, which mesh needs to cancel it\n")
             signal.signal(signal.SIGUSR1, self._on_signal)
 
     def _on_signal(self, _signum: int, _frame: object) -> None:
@@ -187,15 +187,10 @@ class Output(io.TextIOBase):
         self._descriptor = descriptor
         self._partial: dict[int, str] = {}
         self._sent: dict[int, int] = {}
-        self.buffer = _Bytes(self)  # type: ignore[assignment]  # what code that prints bytes expects
+        self.buffer = _Bytes(self)
 
-    @property
-    def encoding(self) -> str:
-        return "utf-8"
-
-    @property
-    def errors(self) -> str:
-        return "replace"
+    encoding = "utf-8"
+    errors = "replace"
 
     def writable(self) -> bool:
         return True
@@ -507,7 +502,7 @@ def _flush_c_output() -> None:
         _libc.fflush(None)
 
 
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_libc: ctypes.CDLL | None = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 # --- becoming a container --------------------------------------------------------------------------------------------
@@ -535,7 +530,7 @@ def _replace_output(wire: Wire) -> tuple[Output, Output]:
         with contextlib.suppress(Exception):
             stream.flush()
     outputs = Output(wire, 1, 1), Output(wire, 2, 2)
-    sys.stdout, sys.stderr = outputs  # type: ignore[assignment]  # a TextIOBase, as every stand-in is
+    sys.stdout, sys.stderr = outputs
     return outputs
 
 

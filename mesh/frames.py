@@ -161,13 +161,13 @@ def encode(frame: Frame) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def body_length(header: bytes) -> int:
+def body_length(header: bytes | bytearray) -> int:
     """The length that a frame's first four bytes announce.
 
     Raises:
         BrokenFrameError: it cannot be a frame's.
     """
-    (length,) = _LENGTH.unpack(header)
+    length: int = _LENGTH.unpack(header)[0]
     if length > MAX_FRAME:
         raise BrokenFrameError(f"a frame of {length} bytes was announced; the limit is {MAX_FRAME}")
     return length
@@ -181,9 +181,10 @@ def decode(body: bytes | bytearray | memoryview) -> Frame:
     """
     try:
         tag, *values = msgpack.unpackb(body, unicode_errors="surrogatepass")
-        return _KINDS[tag](*values)
-    except Exception as error:  # the bytes may be anybody's
+        frame: Frame = _KINDS[tag](*values)
+    except Exception as error:  # noqa: BLE001 - the bytes may be anybody's
         raise BrokenFrameError(f"not a frame: {error!r}") from None
+    return frame
 
 
 class Buffer:

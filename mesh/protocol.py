@@ -268,7 +268,12 @@ class Failure:
     pickle: bytes = b""
 
     def encode(self) -> bytes:
-        values = {"type": self.type, "text": self.text, "traceback": self.traceback, "bases": list(self.bases)}
+        values: dict[str, Any] = {
+            "type": self.type,
+            "text": self.text,
+            "traceback": self.traceback,
+            "bases": list(self.bases),
+        }
         if self.pickle:
             values["pickle"] = self.pickle
         return msgpack.packb(values, unicode_errors="surrogatepass")
@@ -284,7 +289,7 @@ class Failure:
                 bases=tuple(values.get("bases", ())),
                 pickle=values.get("pickle", b""),
             )
-        except Exception as error:  # the bytes may be anybody's
+        except Exception as error:  # noqa: BLE001 - the bytes may be anybody's
             raise InvalidError(f"the stored failure cannot be read: {error!r}") from None
 
     @property

@@ -21,9 +21,9 @@ RECORD_VERSION = 1
 
 def _load(data: bytes, what: str) -> dict[str, Any]:
     try:
-        values = json.loads(data)
+        values: dict[str, Any] = json.loads(data)
         version = int(values.get("v", RECORD_VERSION))
-    except Exception as error:  # the bytes may be anybody's
+    except Exception as error:  # noqa: BLE001 - the bytes may be anybody's
         raise InvalidError(f"{what} cannot be read: {error!r}") from None
     if version != RECORD_VERSION:
         raise VersionError(f"{what} has version {version}, this mesh knows {RECORD_VERSION}: upgrade the older side")
@@ -266,7 +266,7 @@ class AttemptLog:
     def decode(cls, data: bytes) -> AttemptLog:
         values = _known(cls, _load(data, "the attempts"))
         values["attempts"] = {
-            int(number): Attempt(**{**_known(Attempt, entry), "ending": Ending(entry["ending"])})
+            int(number): replace(Attempt(**_known(Attempt, entry)), ending=Ending(entry["ending"]))
             for number, entry in values["attempts"].items()
         }
         return cls(**values)

@@ -136,7 +136,7 @@ class Function(Generic[P, R]):
         Raises:
             InvalidError: a name that cannot be one.
         """
-        if isinstance(name, str) and "." in name:  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+        if "." in check_name("function", name):
             cls_name, _, method = name.partition(".")
             raise InvalidError(
                 f"Function.from_name finds functions; for the method {method!r} use "
@@ -145,7 +145,7 @@ class Function(Generic[P, R]):
         if version is not None:
             raise UnimplementedError("Function.from_name(version=…) is not built yet")
         check_name("app", app_name)
-        return Function(check_name("function", name), Elsewhere(app_name), environment=environment_name)
+        return Function(name, Elsewhere(app_name), environment=environment_name)
 
     # --- looking up --------------------------------------------------------------------------------------------------
 
@@ -403,7 +403,7 @@ class FunctionCall(Generic[R]):
         return _call_handle, (self._id, self._environment)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, FunctionCall) and cast(FunctionCall[Any], other)._id == self._id
+        return isinstance(other, FunctionCall) and other._id == self._id
 
     def __hash__(self) -> int:
         return hash(self._id)
@@ -588,6 +588,7 @@ class FunctionCall(Generic[R]):
         return 1
 
     @both_static
+    @staticmethod
     async def gather(*calls: FunctionCall[Any], return_exceptions: bool = False) -> list[Any]:
         """The values of several calls, in their order.
 

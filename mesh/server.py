@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -52,11 +52,13 @@ def find_nats_server(configured: str = "") -> Path:
 
 def end_with_parent(signum: int = signal.SIGKILL) -> None:
     """Have the kernel signal this process when the thread that started it ends. Linux only; a no-op elsewhere."""
-    if sys.platform == "linux":
+    if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
 
 
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not safe to do between fork and exec
+_libc: ctypes.CDLL | None = (
+    ctypes.CDLL(None) if sys.platform == "linux" else None
+)  # loaded here: not safe to do between fork and exec
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,14 +245,14 @@ def is_free(host: str, port: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(store: Path, who: str) -> Iterator[None]:
+def locked(store: Path, who: str) -> Generator[None]:
     """Hold the store for one server at a time.
 
     Raises:
         ConflictError: somebody else holds it; the text says who.
     """
     store.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(store / "lock", "a+") as file:
+    with (store / "lock").open("a+") as file:
         _lock(file, store)
         file.truncate(0)
         file.write(who)

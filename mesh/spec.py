@@ -149,24 +149,24 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _exception_names(option: str, value: type[BaseException] | Sequence[type[BaseException] | str]) -> tuple[str, ...]:
+def _exception_names(option: str, value: type[BaseException] | Sequence[object]) -> tuple[str, ...]:
     classes = (value,) if isinstance(value, type) else tuple(value)
-    names = []
+    names: list[str] = []
     for cls in classes:
         if isinstance(cls, str):
             names.append(cls)
-        elif isinstance(cls, type) and issubclass(cls, BaseException):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+        elif isinstance(cls, type) and issubclass(cls, BaseException):
             names.append(qualified_name(cls))
         else:
             raise InvalidError(f"Retries: {option} takes exception classes, not {cls!r}")
     return tuple(names)
 
 
-def parse_retries(value: int | Retries | None) -> Retries | None:
+def parse_retries(value: object) -> Retries | None:
     """`retries=` as the decorators take it: a whole number means that many tries more, one second apart."""
     if value is None or isinstance(value, Retries):
         return value
-    if not isinstance(value, int) or isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+    if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidError(f"retries must be a whole number of at least 0, a mesh.Retries or None, not {value!r}")
     count = check_whole("retries", value, 0, math.inf)
     return Retries(max_retries=count, backoff_coefficient=1.0, initial_delay=1.0) if count else None
@@ -343,12 +343,12 @@ class FunctionSpec:
 _ENV_KEY = re.compile(r"[A-Za-z_]\w*")
 
 
-def check_env(env: Mapping[str, str]) -> None:
+def check_env(env: Mapping[Any, Any]) -> None:
     """Refuse what cannot be an environment variable. Limits are Modal's: names of 16,384, values of 32,768."""
     for key, value in env.items():
-        if not isinstance(key, str) or not _ENV_KEY.fullmatch(key) or len(key) > 16_384:  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+        if not isinstance(key, str) or not _ENV_KEY.fullmatch(key) or len(key) > 16_384:
             raise InvalidError(f"env: {key!r} is no variable name; letters, digits and underscore, no digit first")
-        if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+        if not isinstance(value, str):
             raise InvalidError(f"env: the value of {key} must be a string, not {type(value).__name__}")
         if len(value) > 32_768 or "\0" in value:
             raise InvalidError(f"env: the value of {key} must be at most 32,768 characters, without a zero byte")

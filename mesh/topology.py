@@ -115,7 +115,7 @@ class Topology:
         """The address in an input's subject.
 
         Raises:
-            InvalidError: a part of it cannot be what its place says. Only the number of tokens is the server's to check.
+            InvalidError: a part of it cannot be what its place says.
         """
         tokens = subject.removeprefix(f"{self.root}.call.").split(".")
         if len(tokens) != 5:
@@ -261,7 +261,7 @@ class Topology:
 
     def _bucket(self, name: str, limits: Limits, **changes: Any) -> Config:
         """A KV bucket without delete markers: with them `create` of an expired key fails. Deletes go by sequence."""
-        config = {
+        config: Config = {
             **self._base(self.bucket_stream(name), limits, None),
             "subjects": [self.key_subject(name, ">")],
             "max_msgs_per_subject": 1,

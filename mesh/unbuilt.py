@@ -108,7 +108,7 @@ def enter(*args: Any, **options: Any) -> Any:
     _refuse("enter")
 
 
-def exit(*args: Any, **options: Any) -> Any:  # noqa: A001 - Modal's name
+def exit(*args: Any, **options: Any) -> Any:
     """Not built yet."""
     _refuse("exit")
 

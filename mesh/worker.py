@@ -217,7 +217,7 @@ class Worker:
     async def _settle_all(self) -> None:
         """Until everything held is settled, as long as the store answers."""
         deadline = time.monotonic() + (self.settings.grace if self._signals < 2 else 2.0)
-        while self._held and time.monotonic() < deadline:
+        while self._held and time.monotonic() < deadline:  # noqa: ASYNC110 - ends with the process, and rarely waits
             await asyncio.sleep(0.02)
         self.settler.give_up()
         with contextlib.suppress(Unanswered):

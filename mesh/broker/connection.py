@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -441,7 +441,7 @@ def _stored(message: Msg) -> Stored:
 
 
 @contextlib.asynccontextmanager
-async def translated(doing: str) -> AsyncIterator[None]:
+async def translated(doing: str) -> AsyncGenerator[None]:
     """Turn what JetStream says into mesh's errors, which name what was being done."""
     try:
         yield

@@ -117,8 +117,8 @@ class Puller:
         subscription, self._subscription = self._subscription, None
         self._demands.clear()
         try:
-            await asyncio.wait_for(subscription.drain(), 3)
-        except Exception as error:  # broken or slow: what is under way comes back after the ack wait
+            await asyncio.wait_for(subscription.drain(), 3)  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001 - broken or slow: what is under way comes back after the ack wait
             logger.debug("stopping to pull: %r", error)
 
     def outstanding(self, consumer: str) -> int:

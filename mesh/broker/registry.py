@@ -12,7 +12,14 @@ from nats.aio.msg import Msg
 
 from mesh.background import Background
 from mesh.broker.bucket import Bucket
-from mesh.broker.connection import CONSUMER_NOT_FOUND, WRONG_LAST_SEQUENCE, Connection, StoreError, translated
+from mesh.broker.connection import (
+    CONSUMER_NOT_FOUND,
+    WRONG_LAST_SEQUENCE,
+    Connection,
+    Headers,
+    StoreError,
+    translated,
+)
 from mesh.exception import ConflictError, Error, InvalidError, NotFoundError
 from mesh.records import AppHead, FunctionRecord, verify
 from mesh.topology import Topology, escape, unescape
@@ -108,7 +115,7 @@ class Registry:
         async def deliver(message: Msg) -> None:
             try:
                 head = AppHead.decode(message.data)
-            except Exception as error:  # a record of a newer mesh, or none at all
+            except Exception as error:  # noqa: BLE001 - a record of a newer mesh, or none at all
                 on_unreadable(message.subject, error)
             else:
                 on_head(head)
@@ -126,7 +133,7 @@ class Registry:
         Raises:
             ConflictError: another deployment of the app came in between; nothing was written.
         """
-        messages = [
+        messages: list[tuple[str, bytes, Headers]] = [
             (self._bucket.subject(self._topology.function_key(r.app, r.spec.name)), r.encode(), {}) for r in records
         ]
         condition = {"Nats-Expected-Last-Subject-Sequence": str(expected)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nats.aio.msg import Msg
@@ -90,7 +90,7 @@ class Results:
     # --- waiting -----------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def waiting(self, key: str) -> AsyncIterator[asyncio.Future[Result]]:
+    async def waiting(self, key: str) -> AsyncGenerator[asyncio.Future[Result]]:
         """A future that resolves when the result is pushed. Listening has begun when this yields: submit or read then.
 
         Pushes can get lost, so what is waited for is also read again at times.
