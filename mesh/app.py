@@ -249,8 +249,6 @@ class App:
         given = dict(locals())
         _refuse_old(old)
         _warn_of_cloud_options({option: given[option] for option in _CLOUD_OPTIONS})
-        if timeout is None:
-            raise InvalidError("timeout must be a number from 1 to 86400 (seconds), not None")
         if max_inputs is not None:
             single_use_containers = _max_inputs(max_inputs)
         options = {
@@ -269,7 +267,7 @@ class App:
             "detach": detach,
             "env": {key: value for key, value in (env or {}).items() if value is not None},
         }
-        given_options = {key: value for key, value in options.items() if value is not None}
+        given_options = {key: value for key, value in options.items() if value is not None or key == "timeout"}
         unbuilt = self._unbuilt_options(image, schedule, secrets, volumes, gpu)
         frame = sys._getframe(1)
 

@@ -382,7 +382,10 @@ async def cancel_queued(broker: Broker, app: str, reason: str) -> int:
             address = broker.calls.address(stored)
             if address is not None:
                 result = Result.of_failure(
-                    State.CANCELLED, failure(RemoteError, f"cancelled: {reason}"), function=address.path
+                    State.CANCELLED,
+                    failure(RemoteError, f"cancelled: {reason}"),
+                    app=address.app,
+                    function=address.function,
                 )
                 await broker.results.create(address.key, result)
             await broker.calls.delete(stored.sequence)

@@ -102,7 +102,8 @@ class Pool:
 
     def _about(self) -> About:
         return About(
-            function=self.key.path,
+            app=self.key.app,
+            function=self.key.function,
             code=self.record.version[:12],
             worker=self._worker.name,
             spec=self.record.spec,

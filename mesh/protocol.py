@@ -86,6 +86,16 @@ def token_of(call: str) -> str:
     return call[-_TOKEN_LENGTH:]
 
 
+def escape(name: str) -> str:
+    """An app's or function's name as one token of a subject or key: a dot would be two. `=` is in no name."""
+    return name.replace(".", "=")
+
+
+def unescape(token: str) -> str:
+    """The inverse of `escape`."""
+    return token.replace("=", ".")
+
+
 # --- time and text in headers ----------------------------------------------------------------------------------------
 
 
@@ -308,7 +318,7 @@ class Result:
     """What an input came to. `body` is the value in `format` where it succeeded, else an encoded `Failure`.
 
     Attributes:
-        error: the failure's summary. code: version of the function that ran. attempt: tries made, from 1.
+        app, function: what ran; one header, as the key of the function's record. error: the failure's summary. code: version of the function that ran. attempt: tries made, from 1.
         started, finished: of the last try, by the worker's clock; 0 where it never started.
     """
 
@@ -316,6 +326,7 @@ class Result:
     body: bytes = b""
     format: Format = Format.JSON
     error: str = ""
+    app: str = ""
     function: str = ""
     code: str = ""
     worker: str = ""
@@ -335,7 +346,7 @@ class Result:
         if self.started:
             headers["Mesh-Started"] = format_time(self.started)
         for name, text in (
-            ("Mesh-Function", self.function),
+            ("Mesh-Function", f"{escape(self.app)}.{escape(self.function)}" if self.app else ""),
             ("Mesh-Code", self.code),
             ("Mesh-Worker", self.worker),
             ("Mesh-Blob", self.blob),
@@ -353,12 +364,14 @@ class Result:
             state = State(headers.get("Mesh-State", State.SUCCEEDED))
         except ValueError:
             raise InvalidError(f"Mesh-State must be one of {', '.join(State)}, not {headers['Mesh-State']!r}") from None
+        app, _, function = headers.get("Mesh-Function", "").partition(".")
         return cls(
             state=state,
             body=body,
             format=_format(headers),
             error=headers.get("Mesh-Error", ""),
-            function=headers.get("Mesh-Function", ""),
+            app=unescape(app),
+            function=unescape(function),
             code=headers.get("Mesh-Code", ""),
             worker=headers.get("Mesh-Worker", ""),
             attempt=int(_number(headers, "Mesh-Attempt") or 1),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from mesh.broker import Broker
     from mesh.records import FunctionRecord
+    from mesh.status import CallStatus
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,29 +70,6 @@ class Elsewhere:
     @property
     def description(self) -> str:
         return self.app
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallStatus:
-    """What is known of a call.
-
-    Attributes:
-        state: queued, running, retrying, succeeded, failed, timed_out, cancelled or expired.
-        function: `app.function`. attempts: tries made so far, the running one included.
-        created, started, finished: seconds since 1970; `None` where it has not happened, or is not known.
-        worker: where it runs or ran. last_error: what went wrong most recently, as `Type: text`.
-        waiting_for: why a queued call does not start, where that is known.
-    """
-
-    state: State
-    function: str
-    attempts: int
-    created: float
-    started: float | None = None
-    finished: float | None = None
-    worker: str = ""
-    last_error: str = ""
-    waiting_for: str = ""
 
 
 class Function(Generic[P, R]):
@@ -520,8 +498,10 @@ class FunctionCall(Generic[R]):
 
     async def _warn_without_worker(self, broker: Broker) -> None:
         """After some seconds of silence: say so if nobody is there to run the call."""
+        from mesh.status import why_waiting
+
         with contextlib.suppress(Exception):  # only a hint; the wait itself finds out what is wrong
-            reason = await _why_waiting(broker, self._address)
+            reason = await why_waiting(broker, self._address)
             if reason:
                 warnings.warn(f"call {self._id} waits: {reason}", ServerWarning, stacklevel=2)
 
@@ -544,43 +524,15 @@ class FunctionCall(Generic[R]):
             NotFoundError, OutputExpiredError: as `get`.
         """
         from mesh.broker import translated
+        from mesh.status import find_status
 
         broker = await self._broker()
-        key = self._key(index)
+        self._key(index)
         async with translated(f"looking for {self._id}"):
-            result = await broker.results.get(key)
-            if result is None:
-                queued = await broker.calls.find(self._id, index, at=self._address)
-                if queued is not None:
-                    return await self._unfinished(broker, key, broker.calls.address(queued))
-                result = await broker.results.get(key)
-        if result is None:
+            found = await find_status(broker, self._id, index, at=self._address)
+        if found is None:
             raise await self._gone(broker)
-        return CallStatus(
-            state=result.state,
-            function=result.function,
-            attempts=result.attempt,
-            created=call_time(self._id),
-            started=result.started or None,
-            finished=result.finished or None,
-            worker=result.worker,
-            last_error=result.error,
-        )
-
-    async def _unfinished(self, broker: Broker, key: str, address: Address | None) -> CallStatus:
-        log = await broker.attempts.get(key)
-        workers = await broker.workers.all()
-        worker = next((w.worker for w in workers if key in w.running), "")
-        state = State.RUNNING if worker else State.RETRYING if log.tries else State.QUEUED
-        return CallStatus(
-            state=state,
-            function=address.path if address else "",
-            attempts=log.tries + (1 if worker else 0),
-            created=call_time(self._id),
-            worker=worker,
-            last_error=log.last_error,
-            waiting_for="" if worker else await _why_waiting(broker, address),
-        )
+        return found
 
     @both
     async def num_inputs(self, /) -> int:
@@ -617,15 +569,3 @@ class FunctionCall(Generic[R]):
 
 def _call_handle(call_id: str, environment: str | None) -> FunctionCall[Any]:
     return FunctionCall(call_id, environment=environment)
-
-
-async def _why_waiting(broker: Broker, address: Address | None) -> str:
-    """Why nobody runs a queued call, if that can be told; empty if somebody could."""
-    workers = [worker for worker in await broker.workers.all() if not worker.draining]
-    if not workers:
-        where = broker.topology.environment
-        return f"no worker runs in environment {where!r}; start one with `mesh worker` (or `mesh up`)"
-    if address is None:
-        return ""
-    reasons = [worker.unfit.get(address.path, "") for worker in workers]
-    return "; ".join(dict.fromkeys(reasons)) if all(reasons) else ""

@@ -91,6 +91,7 @@ class Held:
 class About:
     """What the result says of who ran it."""
 
+    app: str
     function: str
     code: str
     worker: str
@@ -171,6 +172,7 @@ def _final(state: State, failed: Failure, execution: Execution, held: Held, abou
     result = Result.of_failure(
         state,
         failed,
+        app=about.app,
         function=about.function,
         code=about.code,
         worker=about.worker,
@@ -185,6 +187,7 @@ def _result(state: State, execution: Execution, held: Held, about: About) -> Res
         state=state,
         body=execution.body,
         format=execution.format,
+        app=about.app,
         function=about.function,
         code=about.code,
         worker=about.worker,

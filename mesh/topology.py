@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.exception import InvalidError
-from mesh.protocol import Address, is_call_id
+from mesh.protocol import Address, escape, is_call_id, unescape
 from mesh.spec import MAX_RESULT_AGE, check_environment, check_name
 
 SCHEMA = 1  # of the topology; kept in `mesh_meta` under `schema`
@@ -23,16 +23,6 @@ _SECOND = 1_000_000_000
 MiB = 1 << 20
 
 Config = dict[str, Any]
-
-
-def escape(name: str) -> str:
-    """An app's or function's name as one token of a subject: a dot would be two. `=` is in no name."""
-    return name.replace(".", "=")
-
-
-def unescape(token: str) -> str:
-    """The inverse of `escape`."""
-    return token.replace("=", ".")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

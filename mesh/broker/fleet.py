@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mesh.broker.bucket import Bucket
 from mesh.broker.connection import Connection
 from mesh.exception import InvalidError
+from mesh.protocol import escape, unescape
 from mesh.records import Attempt, AttemptLog, WorkerRecord
-from mesh.topology import Topology, escape, unescape
+from mesh.topology import Topology
 
 WORKER_TTL = 30.0  # seconds a worker is taken as alive after it last said so
 RENEW_WORKER = 10.0  # seconds between two such signs
@@ -68,6 +71,10 @@ class Attempts:
     async def get(self, key: str) -> AttemptLog:
         found = await self._bucket.get(key)
         return AttemptLog() if found is None else AttemptLog.decode(found.body)
+
+    async def get_many(self, keys: Sequence[str]) -> dict[str, AttemptLog]:
+        """What there is of these."""
+        return {key: AttemptLog.decode(stored.body) for key, stored in (await self._bucket.get_many(keys)).items()}
 
     async def add(self, key: str, delivery: int, attempt: Attempt) -> AttemptLog:
         """Record how a delivery went; returns the log with it. A delivery that is recorded already stays as it is."""

@@ -21,8 +21,9 @@ from mesh.broker.connection import (
     translated,
 )
 from mesh.exception import ConflictError, Error, InvalidError, NotFoundError
+from mesh.protocol import escape, unescape
 from mesh.records import AppHead, FunctionRecord, verify
-from mesh.topology import Topology, escape, unescape
+from mesh.topology import Topology
 
 MAX_FUNCTIONS = 999  # of one app: they and the head are one atomic batch
 _INLINE_CODE = 512 << 10  # bytes; larger code is an object

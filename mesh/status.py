@@ -1,0 +1,174 @@
+"""What has become of calls: of one, and of the newest many. Read from what the mesh stores, for SDK and CLI alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mesh.protocol import Address, Result, State, call_time
+from mesh.records import AttemptLog, WorkerRecord
+
+if TYPE_CHECKING:
+    from mesh.broker import Broker, Stored
+
+_SCANNED = 20_000  # messages a filtered listing looks at before it says that it was cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallStatus:
+    """What is known of a call.
+
+    Attributes:
+        state: queued, running, retrying, succeeded, failed, timed_out, cancelled or expired.
+        app, function: what was called. attempts: tries made so far, the running one included.
+        created, started, finished: seconds since 1970; `None` where it has not happened, or is not known.
+        worker: where it runs or ran. last_error: what went wrong most recently, as `Type: text`.
+        waiting_for: why a queued call does not start, where that is known.
+        preview: its arguments, as far as they are short and JSON, while it has not ended.
+    """
+
+    call: str
+    state: State
+    app: str
+    function: str
+    attempts: int
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    worker: str = ""
+    last_error: str = ""
+    waiting_for: str = ""
+    preview: str = ""
+
+
+async def find_status(broker: Broker, call: str, index: int = 0, *, at: Address | None = None) -> CallStatus | None:
+    """The status of one input; `None` if the mesh does not know it. Results first: they are final."""
+    key = f"{call}.{index}"
+    result = await broker.results.get(key)
+    if result is None:
+        queued = await broker.calls.find(call, index, at=at)
+        if queued is not None:
+            workers = await broker.workers.all()
+            status = _unfinished(broker, call, queued, workers, await broker.attempts.get(key))
+            return (
+                status
+                if status.worker
+                else replace(status, waiting_for=why(workers, f"{status.app}.{status.function}"))
+            )
+        result = await broker.results.get(key)
+    return None if result is None else _finished(call, result)
+
+
+def _finished(call: str, result: Result) -> CallStatus:
+    return CallStatus(
+        call=call,
+        state=result.state,
+        app=result.app,
+        function=result.function,
+        attempts=result.attempt,
+        created=call_time(call),
+        started=result.started or None,
+        finished=result.finished or None,
+        worker=result.worker,
+        last_error=result.error,
+    )
+
+
+def _unfinished(
+    broker: Broker, call: str, queued: Stored, workers: list[WorkerRecord], log: AttemptLog | None
+) -> CallStatus:
+    address = broker.calls.address(queued)
+    key = address.key if address else ""
+    tries = log.tries if log else 0
+    worker = next((w.worker for w in workers if key in w.running), "")
+    return CallStatus(
+        call=call,
+        state=State.RUNNING if worker else State.RETRYING if tries else State.QUEUED,
+        app=address.app if address else "",
+        function=address.function if address else "",
+        attempts=tries + bool(worker),
+        created=call_time(call),
+        worker=worker,
+        last_error=log.last_error if log else "",
+        preview=queued.headers.get("Mesh-Preview", ""),
+    )
+
+
+async def why_waiting(broker: Broker, address: Address | None) -> str:
+    """Why nobody runs a queued call, if that can be told; empty if somebody could."""
+    return why(await broker.workers.all(), address.path if address else "", broker.topology.environment)
+
+
+def why(workers: list[WorkerRecord], function: str, environment: str = "") -> str:
+    """The same, from the workers that are alive."""
+    takers = [worker for worker in workers if not worker.draining]
+    if not takers:
+        where = f" in environment {environment!r}" if environment else ""
+        return f"no worker is running{where}; start one with `mesh worker` (or `mesh up`)"
+    reasons = [worker.unfit.get(function, "") for worker in takers]
+    return "; ".join(dict.fromkeys(reasons)) if all(reasons) else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Which calls a listing is about; what is empty matches all."""
+
+    app: str = ""
+    function: str = ""
+    state: str = ""
+
+    def matches(self, status: CallStatus) -> bool:
+        return (
+            (not self.app or status.app == self.app)
+            and (not self.function or status.function == self.function)
+            and (not self.state or status.state == self.state)
+        )
+
+
+async def recent(broker: Broker, limit: int, wanted: Filter) -> tuple[list[CallStatus], bool]:
+    """The newest calls that match, newest first, and whether older ones may have been left out.
+
+    Reads from the ends of the queue and of the results, never everything.
+    """
+    workers = await broker.workers.all()
+    open_calls, open_cut = await _newest_open(broker, limit, wanted, workers)
+    ended, ended_cut = await _newest_ended(broker, limit, wanted)
+    seen = {status.call for status in ended}
+    merged = sorted([*ended, *(s for s in open_calls if s.call not in seen)], key=lambda s: -s.created)
+    return merged[:limit], open_cut or ended_cut or len(merged) > limit
+
+
+async def _newest_open(
+    broker: Broker, limit: int, wanted: Filter, workers: list[WorkerRecord]
+) -> tuple[list[CallStatus], bool]:
+    if wanted.state and State(wanted.state).final:
+        return [], False
+    stored = [
+        s for s in await broker.calls.newest(limit if wanted == Filter() else _SCANNED) if broker.calls.address(s)
+    ]
+    addresses = [broker.calls.address(s) for s in stored]
+    first = [(s, a) for s, a in zip(stored, addresses, strict=True) if a is not None and a.index == 0]
+    logs = await broker.attempts.get_many([a.key for _, a in first[: 2 * limit]])
+    statuses = [_unfinished(broker, a.call, s, workers, logs.get(a.key)) for s, a in first]
+    matching = [status for status in statuses if wanted.matches(status)]
+    return matching[:limit], len(matching) > limit or len(stored) >= _SCANNED
+
+
+async def _newest_ended(broker: Broker, limit: int, wanted: Filter) -> tuple[list[CallStatus], bool]:
+    found: list[CallStatus] = []
+    before: int | None = None
+    scanned = 0
+    while len(found) <= limit:
+        page = await broker.results.newest(max(limit, 256), before)
+        if not page:
+            return found, False
+        if scanned >= _SCANNED:
+            break
+        scanned += len(page)
+        before = page[-1][1].sequence
+        for key, stored in page:
+            call, _, index = key.partition(".")
+            if index == "0":
+                status = _finished(call, Result.decode(stored.headers, b""))
+                found += [status] if wanted.matches(status) else []
+    return found[:limit], True
