@@ -535,7 +535,7 @@ async def _shown_logs(broker: Broker, wire: str) -> AsyncGenerator[None, None]:
 
     async def show(message: Any) -> None:
         stream = sys.stderr if (message.headers or {}).get("Mesh-Stream") == "stderr" else sys.stdout
-        stream.write(message.data.decode("utf-8", "replace"))
+        stream.write(context.shown(message.data.decode("utf-8", "replace")))
         stream.flush()
 
     subscription = await broker.follow_logs(wire, show)

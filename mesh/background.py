@@ -1,13 +1,15 @@
-"""Tasks that nobody awaits: kept alive, their errors logged, ended together."""
+"""The loop of a daemon, and tasks that nobody awaits: kept alive, their errors logged, ended together."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 logger = logging.getLogger("mesh")
+
+T = TypeVar("T")
 
 
 class Background:
@@ -40,3 +42,12 @@ class Background:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, on uvloop where that runs: half as much time a message."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -124,6 +125,23 @@ def enable_output() -> Generator[None]:
 def output_enabled() -> bool:
     """Whether `enable_output` is in force."""
     return _output_enabled
+
+
+_show_times = False
+
+
+def show_times(wanted: bool) -> None:
+    """Put the time before each line that `enable_output` shows."""
+    global _show_times
+    _show_times = wanted
+
+
+def shown(text: str) -> str:
+    """Output of a function as it is to be shown."""
+    if not _show_times:
+        return text
+    now = time.strftime("%H:%M:%S ")
+    return "".join(now + line for line in text.splitlines(keepends=True))
 
 
 def interact() -> None:

@@ -318,7 +318,8 @@ class Result:
     """What an input came to. `body` is the value in `format` where it succeeded, else an encoded `Failure`.
 
     Attributes:
-        app, function: what ran; one header, as the key of the function's record. error: the failure's summary. code: version of the function that ran. attempt: tries made, from 1.
+        app, function: what ran; one header, as the key of the function's record.
+        error: the failure's summary. code: version of the function that ran. attempt: tries made, from 1.
         started, finished: of the last try, by the worker's clock; 0 where it never started.
     """
 

@@ -379,6 +379,8 @@ class Worker:
                 await held.lease.renew()
 
     def _on_disconnected(self) -> None:
+        if self.draining:
+            return
         logger.warning("the server is away; what runs goes on")
         self.puller.void_all()
 
