@@ -26,6 +26,7 @@ class _Entry:
 
     loop: asyncio.AbstractEventLoop
     opening: asyncio.Task[Broker]
+    chosen: Settings | None
     environments: dict[str, Broker] = field(default_factory=dict[str, "Broker"])
     closer: AsyncGenerator[None, None] | None = None
 
@@ -36,7 +37,7 @@ _settings: Settings | None = None
 
 
 def use_settings(settings: Settings | None) -> None:
-    """Use these settings for connections opened from now on; `None` reads them anew at the next one."""
+    """Use these settings from now on, also where others are connected; `None` reads them anew."""
     global _settings
     _settings = settings
 
@@ -54,6 +55,9 @@ async def broker(environment: str | None = None) -> Broker:
     """
     loop = asyncio.get_running_loop()
     entry = _entries.get(id(loop))
+    if entry is not None and entry.chosen is not _settings:
+        await close()  # other settings were chosen since
+        entry = None
     if entry is None or entry.loop is not loop:
         entry = _open(loop)
     base = entry.opening.result() if entry.opening.done() else await asyncio.shield(entry.opening)
@@ -71,7 +75,7 @@ def _open(loop: asyncio.AbstractEventLoop) -> _Entry:
     """Begin to connect. The entry stands before the connection does, so that many first uses at once share it."""
     for entry in [entry for entry in _entries.values() if entry.loop.is_closed()]:
         _forget(entry)
-    entry = _Entry(loop, loop.create_task(_connect()))
+    entry = _Entry(loop, loop.create_task(_connect()), _settings)
     _entries[id(loop)] = entry
     entry.opening.add_done_callback(lambda task: _opened(entry, task))
     return entry

@@ -119,6 +119,7 @@ class Settings:
     grace: float = _setting(30.0, _number(0, 86_400), "seconds a stopping worker gives running calls")
     cancel_grace: float = _setting(30.0, _number(0, 3600), "seconds a cancelled or late call has for its `finally`")
     crash_budget: int = _setting(3, _count(1), "containers or workers an input may lose before it fails")
+    sweep_interval: float = _setting(60.0, _number(0.1, 3600), "seconds between looks for calls nobody would run")
     max_age: float = _setting(MAX_RESULT_AGE, _number(1, 10 * 365 * 86_400), "seconds results are kept; used by init")
     ack_wait: float = _setting(15.0, _number(1, 300), "seconds until the calls of a dead worker move; used by init")
     calls_size: int = _setting(0, parse_size, "bytes reserved for queued calls; 0: a quarter of what is free")

@@ -33,6 +33,7 @@ from mesh.exception import ConflictError, InvalidError, NotFoundError, RemoteErr
 from mesh.protocol import Result, State, failure
 from mesh.records import AppHead, AppState, Code, FunctionRecord, Removal
 from mesh.sdk import Function
+from mesh.settle import end_without_lease, quarantine_stored
 from mesh.topology import SHARED_POOL
 
 if TYPE_CHECKING:
@@ -380,13 +381,10 @@ async def cancel_queued(broker: Broker, app: str, reason: str) -> int:
             return count
         for stored in queued:
             address = broker.calls.address(stored)
-            if address is not None:
-                result = Result.of_failure(
-                    State.CANCELLED,
-                    failure(RemoteError, f"cancelled: {reason}"),
-                    app=address.app,
-                    function=address.function,
-                )
-                await broker.results.create(address.key, result)
-            await broker.calls.delete(stored.sequence)
+            if address is None:
+                await quarantine_stored(broker, stored, reason)
+            else:
+                cancelled = failure(RemoteError, f"cancelled: {reason}")
+                about = {"app": address.app, "function": address.function}
+                await end_without_lease(broker, stored, address, Result.of_failure(State.CANCELLED, cancelled, **about))
             count += 1

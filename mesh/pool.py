@@ -160,21 +160,24 @@ class Pool:
             return
         held = Held(lease)
         self._worker.hold(held)
-        if lease.refusal is not None:
-            self._worker.background.spawn(self._refuse(held, lease.refusal))
+        if lease.address is None:
+            self._worker.background.spawn(self._quarantine(held))
+        elif lease.refusal is not None:
+            self._settle(held, Execution(kind=Kind.REFUSED, failure=failure(type(lease.refusal), str(lease.refusal))))
         elif lease.delivery > 1 or (lease.input is not None and lease.input.resubmit):
             self._worker.background.spawn(self._examine(held))
         else:
             held.marked = True
             self._accept(held)
 
-    async def _refuse(self, held: Held, reason: Exception) -> None:
-        """A message that is no input, or none that this version understands."""
-        logger.warning("refused %s: %s", held.lease.subject, reason)
+    async def _quarantine(self, held: Held) -> None:
+        """A message that is no input of anybody."""
+        logger.warning("put aside %s: %s", held.lease.subject, held.lease.refusal)
         try:
             await self._worker.settler.quarantine(held.lease)
         finally:
             self._worker.release(held)
+            self.feed()
 
     async def _examine(self, held: Held) -> None:
         """An input that may have ended, or been lost with others before, is looked into before it runs."""

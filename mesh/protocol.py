@@ -64,9 +64,10 @@ def new_client_token() -> str:
     return _crockford(secrets.randbits(5 * _TOKEN_LENGTH), _TOKEN_LENGTH)
 
 
-def new_call_id(token: str) -> str:
+def new_call_id(token: str, at: float | None = None) -> str:
     """A new id, `fc-` and 26 characters. It guards the result: who knows it may read it, so it is made of secrets."""
-    return f"fc-{_crockford(int(time.time() * 1000), 10)}{_crockford(secrets.randbits(40), 8)}{token}"
+    moment = time.time() if at is None else at
+    return f"fc-{_crockford(int(moment * 1000), 10)}{_crockford(secrets.randbits(40), 8)}{token}"
 
 
 def is_call_id(text: str) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from mesh.broker import Broker, Lease, NoResponders, StoreError, Unanswered
+from mesh.broker import Broker, Headers, Lease, NoResponders, Stored, StoreError, Unanswered
 from mesh.exception import (
     FunctionTimeoutError,
     InternalFailure,
@@ -23,7 +23,7 @@ from mesh.exception import (
     RemoteError,
     TimeoutError,
 )
-from mesh.protocol import Failure, Format, Result, State, failure, format_time
+from mesh.protocol import Address, Failure, Format, Result, State, failure, format_time
 from mesh.records import Attempt, AttemptLog, Ending
 from mesh.spec import FunctionSpec
 
@@ -83,8 +83,8 @@ class Held:
 
     @property
     def key(self) -> str:
-        assert self.lease.input is not None
-        return self.lease.input.address.key
+        assert self.lease.address is not None
+        return self.lease.address.key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +196,30 @@ def _result(state: State, execution: Execution, held: Held, about: About) -> Res
     )
 
 
+async def end_without_lease(broker: Broker, stored: Stored, address: Address, result: Result) -> None:
+    """End an input that no worker holds: its result first, then out of the queue, by its own sequence."""
+    created = await broker.results.create(address.key, result)
+    if created and result.state in (State.FAILED, State.TIMED_OUT):
+        await broker.bury(broker.topology.dead_subject(address), stored.headers, stored.body, _death(result))
+    await broker.calls.delete(stored.sequence)
+
+
+async def quarantine_stored(broker: Broker, stored: Stored, reason: str) -> None:
+    """Put aside a message that is no call, and that no worker holds."""
+    subject = broker.topology.quarantine_subject(stored.subject)
+    await broker.bury(subject, stored.headers, stored.body, _death_of(State.FAILED, reason))
+    await broker.calls.delete(stored.sequence)
+
+
+def _death(result: Result) -> Headers:
+    return _death_of(result.state, result.headers().get("Mesh-Error", ""))
+
+
+def _death_of(state: State, error: str) -> Headers:
+    """What a dead letter says beside the original's own headers."""
+    return {"Mesh-State": state.value, "Mesh-Error": error, "Mesh-Died": format_time(time.time())}
+
+
 class Settler:
     """Turns verdicts into what the store holds."""
 
@@ -222,9 +246,8 @@ class Settler:
 
     async def _store(self, held: Held, result: Result, bury: bool) -> None:
         input = held.lease.input
-        assert input is not None
-        ttl = input.result_ttl
-        if result.state is State.SUCCEEDED and not input.keep_result:
+        ttl = input.result_ttl if input else None
+        if input and result.state is State.SUCCEEDED and not input.keep_result:
             ttl = min(ttl or _VALUELESS_TTL, _VALUELESS_TTL)
         created = await self._insist(lambda: self._broker.results.create(held.key, result, ttl))
         if not created:
@@ -237,29 +260,23 @@ class Settler:
 
         Whoever stored it may have died before the dead letter, so whoever finds a failure makes sure of that.
         """
-        assert lease.input is not None
-        key = lease.input.address.key
+        assert lease.address is not None
+        key = lease.address.key
         stored = await self._insist(lambda: self._broker.results.get(key))
         if stored is not None and stored.state in (State.FAILED, State.TIMED_OUT):
             await self._bury(lease, stored)
         return stored is not None
 
     async def _bury(self, lease: Lease, result: Result) -> None:
-        assert lease.input is not None
-        reason = {"Mesh-State": result.state.value, "Mesh-Error": result.headers().get("Mesh-Error", "")}
-        reason["Mesh-Died"] = format_time(time.time())
-        subject = self._broker.topology.dead_subject(lease.input.address)
-        await self._insist(lambda: self._broker.bury(subject, lease, reason))
+        assert lease.address is not None
+        subject = self._broker.topology.dead_subject(lease.address)
+        await self._insist(lambda: self._broker.bury(subject, lease.headers, lease.body, _death(result)))
 
     async def quarantine(self, lease: Lease) -> None:
         """Put aside a message that is no call, with the reason; nobody waits for it."""
-        reason = {
-            "Mesh-State": State.FAILED.value,
-            "Mesh-Error": str(lease.refusal),
-            "Mesh-Died": format_time(time.time()),
-        }
         subject = self._broker.topology.quarantine_subject(lease.subject)
-        await self._insist(lambda: self._broker.bury(subject, lease, reason))
+        reason = _death_of(State.FAILED, str(lease.refusal))
+        await self._insist(lambda: self._broker.bury(subject, lease.headers, lease.body, reason))
         await lease.ack()
 
     async def mark_begun(self, held: Held, worker: str) -> None:
@@ -276,8 +293,8 @@ class Settler:
 
     async def read_log(self, lease: Lease) -> AttemptLog:
         """What is known of earlier deliveries."""
-        assert lease.input is not None
-        key = lease.input.address.key
+        assert lease.address is not None
+        key = lease.address.key
         return await self._insist(lambda: self._broker.attempts.get(key))
 
     async def _insist(self, action: Callable[[], Awaitable[T]]) -> T:

@@ -117,6 +117,11 @@ class Topology:
             raise InvalidError(f"{subject!r} does not end with a call id (fc- and 26 characters) and an input's number")
         return Address(unescape(app), unescape(function), pool, call, int(index))
 
+    def parse_pool(self, subject: str) -> tuple[str, str, str]:
+        """App, function and pool of whatever was published under `call`, be it a call or not."""
+        app, function, pool = subject.removeprefix(f"{self.root}.call.").split(".")[:3]
+        return unescape(app), unescape(function), pool
+
     def done_subject(self, call: str, index: str = "*") -> str:
         """Where the server publishes a result once it is stored."""
         return f"{self.root}.done.{call[:-8]}.{call[-8:]}.{index}"

@@ -23,7 +23,6 @@ from enum import IntEnum
 
 import mesh
 from mesh import container as containers
-from mesh import deploy
 from mesh.background import Background
 from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered
 from mesh.broker.fleet import RENEW_WORKER
@@ -34,6 +33,7 @@ from mesh.exception import Error
 from mesh.pool import Pool, PoolKey
 from mesh.records import AppHead, AppState, FunctionRecord, WorkerRecord
 from mesh.settle import Held, Settler
+from mesh.sweep import Sweeper
 from mesh.topology import SHARED_POOL
 
 logger = logging.getLogger("mesh.worker")
@@ -89,7 +89,7 @@ class Worker:
         self._started = time.time()
         self._pulling_from = 0.0
         self._announced = 0.0
-        self._announcement: tuple[str, ...] = ()
+        self._announcement: tuple[tuple[str, ...], dict[str, str]] = (), {}
         self._presence = 0
 
     # --- the whole of it ---------------------------------------------------------------------------------------------
@@ -121,6 +121,7 @@ class Worker:
         self.ack_wait = await self.broker.ack_wait()
         self.settler = Settler(self.broker)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
+        self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, self.settings.sweep_interval)
         self.puller = Puller(self.broker.connection, self.broker.topology, self._on_lease, self._on_void)
         events = self.broker.connection.events
         events.disconnected.append(self._on_disconnected)
@@ -148,6 +149,7 @@ class Worker:
             self.background.spawn(self._regularly(self.ack_wait / 12, self._renew_leases)),
             self.background.spawn(self._regularly(_REREAD, self._read_heads)),
             self.background.spawn(self._regularly(_RUNS_SWEEP, self._sweep_runs)),
+            self.background.spawn(self._regularly(self.settings.sweep_interval, self.sweeper.sweep)),
         ]
         await self._stop.wait()
         for duty in duties:
@@ -245,6 +247,8 @@ class Worker:
             self._forget_app(app)
         for head in heads.values():
             await self._take_head(head)
+        for pool in list(self._pools.values()):
+            pool.feed()  # whatever may have been missed ends here
 
     def _on_head(self, head: AppHead) -> None:
         self.background.spawn(self._take_head(head))
@@ -308,15 +312,10 @@ class Worker:
             self._heads.pop(app, None)
 
     async def _sweep_runs(self) -> None:
-        """End apps of a single run whose client has gone. Any worker may; several at once are harmless."""
-        runs = [app for app in self._heads if app.startswith("ap-")]
-        if not runs:
-            return
-        alive = await self.broker.runs.alive()
-        for app in runs:
-            if app not in alive:
-                logger.info("%s has lost its client: ending it", app)
-                await deploy.end_run(self.broker, app)
+        """End apps of a single run whose client has gone."""
+        runs = [head for head in self._heads.values() if head.app.startswith("ap-")]
+        if runs:
+            await self.sweeper.runs(runs)
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
@@ -485,8 +484,10 @@ class Worker:
         if not self.has_room():
             self._make_way()
             await self._pass_on()
-        running = self._long_running()
-        if running != self._announcement or time.monotonic() - self._announced > RENEW_WORKER:
+        if (
+            self._long_running(),
+            self._troubles(),
+        ) != self._announcement or time.monotonic() - self._announced > RENEW_WORKER:
             await self._announce()
 
     def wake_at(self, moment: float, pool: Pool) -> None:
@@ -502,9 +503,13 @@ class Worker:
             if assignment.began and time.monotonic() - assignment.began > _SEEN_AFTER
         )
 
+    def _troubles(self) -> dict[str, str]:
+        return {pool.key.path: pool.trouble for pool in self._pools.values() if pool.trouble}
+
     async def _announce(self) -> None:
         """Say that this worker is alive, and what it does."""
-        self._announcement, self._announced = self._long_running(), time.monotonic()
+        running, troubles = self._long_running(), self._troubles()
+        self._announcement, self._announced = (running, troubles), time.monotonic()
         pools = self._pools.values()
         self._presence = await self.broker.workers.announce(
             WorkerRecord(
@@ -517,9 +522,9 @@ class Worker:
                 containers=self.capacity,
                 used=self._used,
                 draining=self.draining,
-                running=self._announcement,
+                running=running,
                 functions={pool.key.path: len(pool.containers) for pool in pools if pool.containers},
-                unfit={pool.key.path: pool.trouble for pool in pools if pool.trouble},
+                unfit=troubles,
             )
         )
 

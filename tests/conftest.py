@@ -37,7 +37,7 @@ def mesh(_shared: Mesh) -> Iterator[Mesh]:
     from mesh import client
 
     client.use_settings(_shared.settings)
-    before = list(_shared.modules)
+    before = list(_shared.modules)  # the shared worker stays, the modules of a test go
     yield _shared
     _shared.forget(before)
 

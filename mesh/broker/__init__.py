@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Self
 
 from nats.aio.msg import Msg
@@ -12,7 +12,16 @@ from nats.aio.subscription import Subscription
 
 from mesh.broker import schema
 from mesh.broker.calls import Calls
-from mesh.broker.connection import Connection, Headers, NoResponders, Stored, StoreError, Unanswered, translated
+from mesh.broker.connection import (
+    WRONG_LAST_SEQUENCE,
+    Connection,
+    Headers,
+    NoResponders,
+    Stored,
+    StoreError,
+    Unanswered,
+    translated,
+)
 from mesh.broker.fleet import Attempts, Locks, Runs, Workers
 from mesh.broker.leases import Lease, Puller
 from mesh.broker.registry import Registry
@@ -21,7 +30,7 @@ from mesh.config import Settings
 from mesh.protocol import new_client_token
 from mesh.topology import Topology
 
-__all__ = ["Broker", "Lease", "NoResponders", "Puller", "StoreError", "Stored", "Unanswered", "translated"]
+__all__ = ["Broker", "Headers", "Lease", "NoResponders", "Puller", "StoreError", "Stored", "Unanswered", "translated"]
 
 
 class Broker:
@@ -93,12 +102,11 @@ class Broker:
 
     # --- dead letters ------------------------------------------------------------------------------------------------
 
-    async def bury(self, subject: str, lease: Lease, reason: Headers) -> None:
+    async def bury(self, subject: str, headers: Mapping[str, str], body: bytes, death: Headers) -> None:
         """Copy an input that failed for good to the dead letters; the same one twice is one."""
-        headers = {name: text for name, text in lease.headers.items() if not name.startswith("Nats-")}
-        headers |= reason | {"Nats-Expected-Last-Subject-Sequence": "0"}
+        kept = {name: text for name, text in headers.items() if not name.startswith("Nats-")}
         try:
-            await self.connection.store(subject, lease.body, headers)
+            await self.connection.store(subject, body, {**kept, **death, "Nats-Expected-Last-Subject-Sequence": "0"})
         except StoreError as error:
-            if error.code != 10071:
+            if error.code != WRONG_LAST_SEQUENCE:
                 raise

@@ -89,6 +89,16 @@ class Calls:
         """Up to `count` inputs of an app that have not ended, the oldest first."""
         return await self._connection.get_range(self._topology.calls, 1, count, self._topology.call_filter(app=app))
 
+    async def of_pool(self, app: str, function: str, pool: str, count: int = _LISTED) -> list[Stored]:
+        """The same, of one pool of one function."""
+        filter = self._topology.call_filter(app=app, function=function, pool=pool)
+        return await self._connection.get_range(self._topology.calls, 1, count, filter)
+
+    async def pools(self) -> set[tuple[str, str, str]]:
+        """App, function and pool of everything that is queued. Reads every subject: not for everyday use."""
+        subjects = await self._connection.subjects(self._topology.calls, self._topology.call_filter())
+        return {self._topology.parse_pool(subject) for subject in subjects}
+
     async def newest(self, count: int) -> list[Stored]:
         """The newest inputs that have not ended, newest first. Reads from the end, in windows that grow."""
         info = await self._connection.api(f"STREAM.INFO.{self._topology.calls}")

@@ -37,6 +37,7 @@ class Lease:
         consumer: name of the durable it came from.
         delivery: how often it has been delivered, this time included.
         sequence: of the message in the stream. pending: inputs still waiting in the pool when this one was delivered.
+        address: whose input it is; `None` where the subject is no call's.
         input: decoded, or `None` where `refusal` says why it cannot be run.
         renewed: when the lease was last known to be good, by the monotonic clock.
     """
@@ -50,13 +51,18 @@ class Lease:
     pending: int
     headers: Headers
     body: bytes
-    input: Input | None
+    address: Address | None = None
+    input: Input | None = None
     refusal: Exception | None = None
     renewed: float = field(default_factory=time.monotonic)
 
-    @property
-    def address(self) -> Address | None:
-        return self.input.address if self.input else None
+    def decode(self, topology: Topology) -> None:
+        """Find out whose input it is, and what it says."""
+        try:
+            self.address = topology.parse_call(self.subject)
+            self.input = Input.decode(self.address, self.headers, self.body)
+        except (InvalidError, VersionError) as error:
+            self.refusal = error
 
     async def renew(self) -> None:
         """Keep it for another ack wait."""
@@ -195,22 +201,16 @@ class Puller:
         if len(stream_and_on) > 7:  # version 2 of the ack subject has the domain and the account first
             stream_and_on = stream_and_on[2:]
         _, consumer, delivery, sequence, _, _, pending = stream_and_on[:7]
-        headers = message.headers or {}
-        input, refusal = None, None
-        try:
-            input = Input.decode(self._topology.parse_call(message.subject), headers, message.data)
-        except (InvalidError, VersionError) as error:
-            refusal = error
-        return Lease(
-            self._connection,
-            message.subject,
-            consumer,
-            message.reply,
-            int(delivery),
-            int(sequence),
-            int(pending),
-            headers,
-            message.data,
-            input,
-            refusal,
+        lease = Lease(
+            connection=self._connection,
+            subject=message.subject,
+            consumer=consumer,
+            reply=message.reply,
+            delivery=int(delivery),
+            sequence=int(sequence),
+            pending=int(pending),
+            headers=message.headers or {},
+            body=message.data,
         )
+        lease.decode(self._topology)
+        return lease

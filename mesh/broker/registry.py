@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import nats.js.errors
 from nats.aio.msg import Msg
@@ -158,6 +158,10 @@ class Registry:
         await self._bucket.purge(f"{escape(app)}.*")
         await self._bucket.purge(escape(app))
 
+    async def forget(self, app: str, function: str) -> None:
+        """Forget a function that was removed."""
+        await self._bucket.purge(self._topology.function_key(app, function))
+
     # --- consumers ---------------------------------------------------------------------------------------------------
 
     async def consumers(self) -> set[str]:
@@ -190,10 +194,17 @@ class Registry:
             if error.code != CONSUMER_NOT_FOUND:
                 raise
 
-    async def consumer_info(self, name: str) -> Mapping[str, int]:
-        """`num_pending` (queued), `num_ack_pending` (running or delayed) and the rest the server knows of a pool."""
-        info: dict[str, int] = await self._connection.api(f"CONSUMER.INFO.{self._topology.calls}.{name}")
-        return info
+    async def queue_sizes(self) -> tuple[int, int]:
+        """Inputs in the queue, and inputs that consumers know of: waiting, running or delayed."""
+        info = await self._connection.api(f"STREAM.INFO.{self._topology.calls}")
+        known = listed = 0
+        while True:
+            page = await self._connection.api(f"CONSUMER.LIST.{self._topology.calls}", {"offset": listed})
+            consumers = page.get("consumers") or []
+            listed += len(consumers)
+            known += sum(consumer["num_pending"] + consumer["num_ack_pending"] for consumer in consumers)
+            if not consumers or listed >= page["total"]:
+                return int(info["state"]["messages"]), known
 
 
 class CodeStore:
