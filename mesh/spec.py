@@ -9,8 +9,9 @@ import dataclasses
 import math
 import random
 import re
+import sys
 import zoneinfo
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ def check_number(option: str, value: object, low: float, high: float, *, whole: 
     kind = "a whole number" if whole else "a number"
     limit = f"from {low:g} to {high:g}" if high != math.inf else f"of at least {low:g}"
     right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right_type or not low <= value <= high:  # type: ignore[operator]  # a number by now
+    if not right_type or not low <= value <= high or value == math.inf:  # type: ignore[operator]  # a number by now
         raise InvalidError(f"{option} must be {kind} {limit}, not {value!r}")
     return value  # type: ignore[return-value]
 
@@ -120,8 +121,11 @@ class Retries:
 
     def delay(self, retry: int, chance: float | None = None) -> float:
         """Seconds to wait before `retry` (from 1). `chance`, 0 to 1, stands in for the random number of the jitter."""
-        grown = self.initial_delay * min(self.backoff_coefficient ** (retry - 1), 1e9)
-        delay = max(min(grown, self.max_delay), self.min_delay)
+        try:
+            growth = float(self.backoff_coefficient) ** (retry - 1)
+        except OverflowError:  # after some hundred retries, which take hours only
+            growth = sys.float_info.max
+        delay = max(min(self.initial_delay * growth, self.max_delay), self.min_delay)
         share = random.random() if chance is None else chance
         return delay * (1 - self.jitter * share)
 
@@ -149,8 +153,10 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _exception_names(option: str, value: type[BaseException] | Sequence[object]) -> tuple[str, ...]:
-    classes = (value,) if isinstance(value, type) else tuple(value)
+def _exception_names(option: str, value: object) -> tuple[str, ...]:
+    classes = (value,) if isinstance(value, type) else value
+    if isinstance(classes, str) or not isinstance(classes, Iterable):  # the characters of a text would match nothing
+        raise InvalidError(f"Retries: {option} takes exception classes, not {value!r}")
     names: list[str] = []
     for cls in classes:
         if isinstance(cls, str):
@@ -177,7 +183,7 @@ _CRON_NAMES = {
     "month": ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"],
     "day of week": ["sun", "mon", "tue", "wed", "thu", "fri", "sat"],
 }
-_CRON_PART = re.compile(r"(\*|\w+(?:-\w+)?)(?:/(\d+))?")
+_CRON_PART = re.compile(r"(\*|\w+(?:-\w+)?)(?:/(\d+))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +212,7 @@ class Cron:
                 self._check_part(part, field, low, high)
         try:
             zoneinfo.ZoneInfo(self.timezone)
-        except (zoneinfo.ZoneInfoNotFoundError, ValueError):
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):  # OSError: a directory of zones, a name too long
             raise InvalidError(
                 f"Cron: no time zone {self.timezone!r}; use an IANA name such as 'Europe/Berlin'"
             ) from None
@@ -336,7 +342,8 @@ class FunctionSpec:
         known = {field.name for field in dataclasses.fields(cls)}
         options = {name: value for name, value in values.items() if name in known}
         if options.get("retries") is not None:
-            options["retries"] = Retries(**options["retries"])
+            retries = options["retries"]
+            options["retries"] = Retries(**{name: retries[name] for name in Retries.__slots__ if name in retries})
         return cls(**options)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from mesh.server import NatsServer
@@ -14,6 +15,10 @@ from tests.support import Mesh, new_mesh
 
 for _name in [name for name in os.environ if name.startswith("MESH_")]:
     del os.environ[_name]  # the tests' own settings, not those of whoever runs them
+
+# The same examples at each run, and no time limit on one: neither luck nor a busy machine may fail an unchanged commit.
+hypothesis.settings.register_profile("mesh", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("mesh")
 
 
 @pytest.fixture(scope="session")
