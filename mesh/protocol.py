@@ -6,6 +6,8 @@ without them it is version 1, JSON, current code. Unknown headers are ignored; a
 
 from __future__ import annotations
 
+import math
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from typing import Any
 import msgpack
 
 from mesh.exception import InvalidError, VersionError
+from mesh.spec import qualified_name
 
 VERSION = 1  # the major version of the protocol; `Mesh-Version` on every message
 
@@ -25,6 +28,7 @@ _ID_LENGTH = 26  # 10 characters of time, 8 of randomness, 8 of the client's tok
 _TOKEN_LENGTH = 8
 ERROR_TEXT_LIMIT = 500  # characters of `Mesh-Error`
 PREVIEW_LIMIT = 120  # characters of `Mesh-Preview`
+_MAJOR = re.compile(r"[0-9]{1,9}")
 
 
 class State(StrEnum):
@@ -124,7 +128,7 @@ def _one_line(text: str, limit: int) -> str:
 def _check_version(headers: Mapping[str, str]) -> None:
     text = headers.get("Mesh-Version", "1")
     major = text.partition(".")[0]
-    if not major.isdigit():
+    if not _MAJOR.fullmatch(major):
         raise InvalidError(f"Mesh-Version must be a number, not {text!r}")
     if int(major) != VERSION:
         raise VersionError(
@@ -138,9 +142,12 @@ def _number(headers: Mapping[str, str], name: str) -> float | None:
     if text is None:
         return None
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise InvalidError(f"{name} must be a number, not {text!r}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidError(f"{name} must be a number, not {text!r}")
+    return number
 
 
 def _time(headers: Mapping[str, str], name: str) -> float | None:
@@ -310,8 +317,8 @@ class Failure:
 
 
 def failure(kind: type[BaseException], text: str) -> Failure:
-    """A failure that mesh itself reports; the caller rebuilds it from its name alone."""
-    return Failure(type=f"{kind.__module__}.{kind.__qualname__}", text=text)
+    """A failure that mesh itself reports; the caller rebuilds it from its name alone, `Retries` go by its bases."""
+    return Failure(type=qualified_name(kind), text=text, bases=tuple(qualified_name(cls) for cls in kind.__mro__[:-1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
