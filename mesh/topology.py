@@ -7,6 +7,7 @@ setting is as it is, is said beside it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ SCHEMA = 1  # of the topology; kept in `mesh_meta` under `schema`
 MIN_API_LEVEL = 4  # nats-server 2.14: work-queue details, atomic batches, republish as used here
 SHARED_POOL = "_"  # the pool of calls without class parameters or options of their own
 
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 _SECOND = 1_000_000_000
 MiB = 1 << 20
 
@@ -113,7 +115,7 @@ class Topology:
         app, function, pool, call, index = tokens
         check_name("app", unescape(app))
         check_name("function", unescape(function))
-        if not is_call_id(call) or not index.isdigit() or (len(index) > 1 and index[0] == "0"):
+        if not is_call_id(call) or not _INDEX.fullmatch(index):
             raise InvalidError(f"{subject!r} does not end with a call id (fc- and 26 characters) and an input's number")
         return Address(unescape(app), unescape(function), pool, call, int(index))
 
