@@ -152,6 +152,7 @@ def _reader(kind: type[Any]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 _TAGS = {kind: (tag, _reader(kind)) for tag, kind in enumerate(_KINDS)}
+_BY_TAG = dict(enumerate(_KINDS))  # a tuple would take a negative number, too
 
 
 def encode(frame: Frame) -> bytes:
@@ -181,7 +182,7 @@ def decode(body: bytes | bytearray | memoryview) -> Frame:
     """
     try:
         tag, *values = msgpack.unpackb(body, unicode_errors="surrogatepass")
-        frame: Frame = _KINDS[tag](*values)
+        frame: Frame = _BY_TAG[tag](*values)
     except Exception as error:  # noqa: BLE001 - the bytes may be anybody's
         raise BrokenFrameError(f"not a frame: {error!r}") from None
     return frame
