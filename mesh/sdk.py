@@ -134,10 +134,10 @@ class Function(Generic[P, R]):
         Raises:
             NotFoundError: there is no such function. ExecutionError: its app is neither running nor deployed.
         """
-        await self._lookup()
+        await self._lookup(anew=True)
         return self
 
-    async def _lookup(self) -> tuple[Broker, FunctionRecord]:
+    async def _lookup(self, *, anew: bool = False) -> tuple[Broker, FunctionRecord]:
         from mesh import client
 
         app = self._home.wire_name()
@@ -148,7 +148,7 @@ class Function(Generic[P, R]):
                 "look it up with mesh.Function.from_name"
             )
         broker = await client.broker(self._environment_name())
-        record = await broker.registry.known(app, self._name)
+        record = await broker.registry.known(app, self._name, anew=anew)
         if record is None:
             raise NotFoundError(await _lookup_failed(broker, app, self._name))
         if record.removed is not None:

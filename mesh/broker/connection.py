@@ -58,6 +58,7 @@ class NoResponders(Exception):
 WRONG_LAST_SEQUENCE = 10071
 STREAM_NOT_FOUND = 10059
 CONSUMER_NOT_FOUND = 10014
+DELETE_FAILED = 10057
 MESSAGE_NOT_FOUND = (10037, 10043)
 NAME_IN_USE = 10058
 JETSTREAM_DISABLED = (10039, 10076)
@@ -406,8 +407,8 @@ class Connection:
         try:
             await self.api(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence})
         except StoreError as error:
-            if error.code in MESSAGE_NOT_FOUND:
-                return False
+            if error.code in MESSAGE_NOT_FOUND or (error.code == DELETE_FAILED and "not permitted" not in error.text):
+                return False  # 2.15 says 10057, «no message found» or «stream store EOF», at the ends of the stream
             raise
         return True
 

@@ -49,11 +49,11 @@ class Registry:
         found = await self._bucket.get(self._topology.function_key(app, function))
         return None if found is None else verify(FunctionRecord.decode(found.body))
 
-    async def known(self, app: str, function: str) -> FunctionRecord | None:
-        """`function`, from memory where that is fresh enough: what a caller needs to know before it submits."""
+    async def known(self, app: str, function: str, *, anew: bool = False) -> FunctionRecord | None:
+        """`function`, from memory where that is fresh enough (or read `anew`): what a caller needs to submit."""
         record, read = self._known.get((app, function), (None, 0.0))
         age = time.monotonic() - read
-        if record is None or age > _STALE:
+        if record is None or anew or age > _STALE:
             return await self._learn(app, function)
         if age > _FRESH:
             self._known[app, function] = (record, time.monotonic() - _FRESH / 2)  # one re-read at a time
