@@ -6,28 +6,35 @@ Records are JSON, so that `nats kv get` shows them to a person. Fields of newer 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Self
 
-from mesh.exception import InvalidError, VersionError
+from mesh.exception import Error, InvalidError, VersionError
 from mesh.spec import FunctionSpec
 
 RECORD_VERSION = 1
 
 
-def _load(data: bytes, what: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _reading(data: bytes, what: str) -> Generator[dict[str, Any]]:
+    """A record's fields. Whatever is wrong with it is one kind of error, which readers of many can pass over."""
     try:
         values: dict[str, Any] = json.loads(data)
         version = int(values.get("v", RECORD_VERSION))
+        if version != RECORD_VERSION:
+            raise VersionError(
+                f"{what} has version {version}, this mesh knows {RECORD_VERSION}: upgrade the older side"
+            )
+        yield values
+    except Error:
+        raise
     except Exception as error:  # noqa: BLE001 - the bytes may be anybody's
         raise InvalidError(f"{what} cannot be read: {error!r}") from None
-    if version != RECORD_VERSION:
-        raise VersionError(f"{what} has version {version}, this mesh knows {RECORD_VERSION}: upgrade the older side")
-    return values
 
 
 def _dump(values: Mapping[str, Any]) -> bytes:
@@ -70,7 +77,7 @@ class Code:
     def from_json(cls, values: Mapping[str, Any]) -> Code:
         known = _known(cls, values)
         if "pickled" in known:
-            known["pickled"] = base64.b64decode(known["pickled"])
+            known["pickled"] = base64.b64decode(known["pickled"], validate=True)
         return cls(**known)
 
 
@@ -127,13 +134,14 @@ class FunctionRecord:
 
     @classmethod
     def decode(cls, data: bytes) -> FunctionRecord:
-        values = _known(cls, _load(data, "the function's record"))
-        values["spec"] = FunctionSpec.from_json(values["spec"])
-        values["code"] = Code.from_json(values["code"])
-        values["modules"] = tuple(values.get("modules", ()))
-        if values.get("removed"):
-            values["removed"] = Removal(**values["removed"])
-        return cls(**values)
+        with _reading(data, "the function's record") as fields:
+            values = _known(cls, fields)
+            values["spec"] = FunctionSpec.from_json(values["spec"])
+            values["code"] = Code.from_json(values["code"])
+            values["modules"] = tuple(values.get("modules", ()))
+            if values.get("removed"):
+                values["removed"] = Removal(**_known(Removal, values["removed"]))
+            return cls(**values)
 
 
 def verify(record: FunctionRecord) -> FunctionRecord:
@@ -173,9 +181,10 @@ class AppHead:
 
     @classmethod
     def decode(cls, data: bytes) -> AppHead:
-        values = _known(cls, _load(data, "the app's head"))
-        values["state"] = AppState(values["state"])
-        return cls(**values)
+        with _reading(data, "the app's head") as fields:
+            values = _known(cls, fields)
+            values["state"] = AppState(values["state"])
+            return cls(**values)
 
 
 class Ending(StrEnum):
@@ -186,7 +195,7 @@ class Ending(StrEnum):
     TIMED_OUT = "timed_out"  # counts as a try
     CRASHED = "crashed"  # the container was lost: counts against the crash budget
     RETURNED = "returned"  # handed back unfinished, by a worker that stops: counts as neither
-    ADOPTED = "adopted"  # delivered again to the worker that runs it: counts as neither
+    ADOPTED = "adopted"  # its worker was delivered it again, and goes on under that delivery: counts as neither
     NOT_STARTED = "not_started"  # no container for it could start: counts as neither
 
 
@@ -201,6 +210,7 @@ class Attempt:
 
 
 _TRIES = (Ending.FAILED, Ending.TIMED_OUT)
+_LOSSES = (Ending.CRASHED, Ending.BEGAN)  # one that began, and never ended, was lost with its worker
 _KEPT_ATTEMPTS = 50  # an input that is retried for days must not grow a record without bound
 
 
@@ -224,8 +234,8 @@ class AttemptLog:
         return replace(self, attempts={**self.attempts, delivery: attempt})._fold()
 
     def _fold(self) -> Self:
-        """Without the oldest entries above the limit. Crashes are never folded: they end the input long before."""
-        old = [n for n, a in sorted(self.attempts.items()) if a.ending is not Ending.CRASHED][:-_KEPT_ATTEMPTS]
+        """Without the oldest entries above the limit. What was lost is never folded: it ends the input long before."""
+        old = [n for n, a in sorted(self.attempts.items()) if a.ending not in _LOSSES][:-_KEPT_ATTEMPTS]
         if not old:
             return self
         return replace(
@@ -264,12 +274,13 @@ class AttemptLog:
 
     @classmethod
     def decode(cls, data: bytes) -> AttemptLog:
-        values = _known(cls, _load(data, "the attempts"))
-        values["attempts"] = {
-            int(number): replace(Attempt(**_known(Attempt, entry)), ending=Ending(entry["ending"]))
-            for number, entry in values["attempts"].items()
-        }
-        return cls(**values)
+        with _reading(data, "the attempts") as fields:
+            values = _known(cls, fields)
+            values["attempts"] = {
+                int(number): replace(Attempt(**_known(Attempt, entry)), ending=Ending(entry["ending"]))
+                for number, entry in values["attempts"].items()
+            }
+            return cls(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +311,7 @@ class WorkerRecord:
 
     @classmethod
     def decode(cls, data: bytes) -> WorkerRecord:
-        values = _known(cls, _load(data, "the worker's record"))
-        values["running"] = tuple(values.get("running", ()))
-        return cls(**values)
+        with _reading(data, "the worker's record") as fields:
+            values = _known(cls, fields)
+            values["running"] = tuple(values.get("running", ()))
+            return cls(**values)

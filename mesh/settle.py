@@ -8,6 +8,7 @@ before it is handed back. Where the store is full or away, the lease is kept and
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -286,10 +287,12 @@ class Settler:
 
     async def adopt(self, held: Held, lease: Lease, worker: str) -> None:
         """The input was delivered again to the worker that has it: go on under the new lease."""
-        held.lease = lease
+        earlier, held.lease = held.lease.delivery, lease
         await lease.renew()
-        adopted = Attempt(ending=Ending.ADOPTED, worker=worker, at=time.time())
-        await self._insist(lambda: self._broker.attempts.add(held.key, lease.delivery, adopted))
+        # Written of the earlier delivery: the new one is still to end, as a try perhaps, and would stay what it is.
+        for delivery, ending in ((earlier, Ending.ADOPTED), (lease.delivery, Ending.BEGAN)):
+            attempt = Attempt(ending=ending, worker=worker, at=time.time())
+            await self._insist(functools.partial(self._broker.attempts.add, held.key, delivery, attempt))
 
     async def read_log(self, lease: Lease) -> AttemptLog:
         """What is known of earlier deliveries."""

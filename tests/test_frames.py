@@ -1,5 +1,4 @@
-"""The conversation between a worker and a container. The literal bytes pin it: both sides come from one deploy, but a
-worker may run containers of an image whose mesh is another version."""
+"""The conversation between a worker and a container: every frame, literally, and what is none."""
 
 from __future__ import annotations
 

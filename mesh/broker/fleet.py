@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mesh.broker.bucket import Bucket
 from mesh.broker.connection import Connection
-from mesh.exception import InvalidError
+from mesh.exception import Error
 from mesh.protocol import escape, unescape
 from mesh.records import Attempt, AttemptLog, WorkerRecord
 from mesh.topology import Topology
@@ -37,7 +37,7 @@ class Workers:
         for stored in (await self._bucket.all()).values():
             try:
                 records.append(WorkerRecord.decode(stored.body))
-            except (InvalidError, TypeError):
+            except Error:
                 continue
         return sorted(records, key=lambda record: record.worker)
 

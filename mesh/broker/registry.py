@@ -20,7 +20,7 @@ from mesh.broker.connection import (
     StoreError,
     translated,
 )
-from mesh.exception import ConflictError, Error, InvalidError, NotFoundError
+from mesh.exception import ConflictError, Error, NotFoundError
 from mesh.protocol import escape, unescape
 from mesh.records import AppHead, FunctionRecord, verify
 from mesh.topology import Topology
@@ -80,8 +80,10 @@ class Registry:
         found = await self._bucket.get_many([self._topology.function_key(app, name) for name in functions])
         records = {}
         for key, stored in found.items():
-            name = unescape(key.partition(".")[2])
-            records[name] = verify(FunctionRecord.decode(stored.body))
+            try:
+                records[unescape(key.partition(".")[2])] = verify(FunctionRecord.decode(stored.body))
+            except Error:
+                continue
         return records
 
     async def recorded(self, app: str) -> list[str]:
@@ -100,7 +102,7 @@ class Registry:
         for key, stored in (await self._bucket.all("*")).items():
             try:
                 heads[unescape(key)] = AppHead.decode(stored.body)
-            except (InvalidError, ValueError):
+            except Error:
                 continue
         return heads
 
