@@ -13,6 +13,7 @@ can import that, and what comes back under that name is answered from `__main__`
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -155,7 +156,7 @@ def main_name() -> str | None:
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     if spec is not None:
-        name = spec.name.removesuffix(".__main__")
+        name = spec.name  # of `python -m shop`: shop.__main__, for `shop` is the package around it
     elif getattr(main, "__file__", None):
         name = Path(cast(str, cast(types.ModuleType, main).__file__)).stem
     else:
@@ -243,7 +244,8 @@ def _parts(value: Any) -> Iterator[tuple[str, object]]:
         cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=False))
         for name in names:
             if name in cells:
-                yield f" its variable {name!r}", cells[name].cell_contents
+                with contextlib.suppress(ValueError):  # a variable that is not bound yet
+                    yield f" its variable {name!r}", cells[name].cell_contents
             elif name in value.__globals__:
                 yield f" its global {name!r}", value.__globals__[name]
     else:
@@ -263,36 +265,43 @@ def _culprit(value: object) -> tuple[str, object]:
 
 # --- exceptions ------------------------------------------------------------------------------------------------------
 
-_OS_FIELDS = ("errno", "strerror", "filename", "filename2")
+# What exceptions of Python itself keep beside their arguments and their `__dict__`.
+_FIELDS: tuple[tuple[type[BaseException], tuple[str, ...]], ...] = (
+    (OSError, ("errno", "strerror", "filename", "filename2")),
+    (ImportError, ("name", "path")),
+    (NameError, ("name",)),
+    (AttributeError, ("name",)),
+)
+
+_Parts = tuple[dict[str, Any], dict[str, Any], tuple[BaseException | None, BaseException | None, bool]]
 
 
 def _reduce_exception(error: BaseException) -> Any:
-    reduce = type(error).__reduce__
-    if isinstance(reduce, types.FunctionType):  # the class says itself how it travels
-        return error.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    cls = type(error)
+    if any(isinstance(reduce, types.FunctionType) for reduce in (cls.__reduce__, cls.__reduce_ex__)):
+        return error.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # the class says itself how it travels
+    names = next((names for kind, names in _FIELDS if isinstance(error, kind)), ())
+    fields = {name: value for name in names if (value := getattr(error, name)) is not None}
     state = {name: value for name, value in error.__dict__.items() if name != "__traceback__"}
-    system = [getattr(error, name) for name in _OS_FIELDS] if isinstance(error, OSError) else []
     chain = (error.__cause__, error.__context__, error.__suppress_context__)
-    return _rebuild_exception, (type(error), error.args, state, system, chain)
+    # Its parts come after the exception itself, so that they may refer to it.
+    return _new_exception, (cls, error.args), (fields, state, chain), None, None, _fill_exception
 
 
-def _rebuild_exception(
-    cls: type[BaseException],
-    args: tuple[Any, ...],
-    state: dict[str, Any],
-    system: list[Any],
-    chain: tuple[BaseException | None, BaseException | None, bool],
-) -> BaseException:
+def _new_exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     """The exception again. A user's own `__init__` is not called: it may not take what `args` holds."""
     own_init = isinstance(cls.__init__, types.FunctionType)
     error = cls.__new__(cls, *args) if own_init else cls(*args)
     error.args = args
-    for name, value in zip(_OS_FIELDS, system, strict=False):
-        if value is not None:
-            setattr(error, name, value)
+    return error
+
+
+def _fill_exception(error: BaseException, parts: _Parts) -> None:
+    fields, state, chain = parts
+    for name, value in fields.items():
+        setattr(error, name, value)
     error.__dict__.update(state)
     error.__cause__, error.__context__, error.__suppress_context__ = chain
-    return error
 
 
 def safe_str(value: object) -> str:
