@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mesh.exception import AuthError, ConnectionError, InvalidError
 from mesh.spec import MAX_RESULT_AGE, check_environment
@@ -191,9 +190,10 @@ class Settings:
 
 
 def _without_password(url: str) -> str:
-    parts = urlsplit(url if "://" in url else f"nats://{url}")
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}"
+    # By hand: a parser takes a `/` or `#` in a password for the end of the host, and so shows the password.
+    scheme, given, rest = url.partition("://")
+    host = (rest if given else url).rpartition("@")[2]
+    return f"{scheme if given else 'nats'}://{host}"
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.name != "origins"}
@@ -202,7 +202,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.name != "origins"
 def _read(name: str, raw: object, origin: str) -> Any:
     try:
         return FIELDS[name].metadata["read"](raw)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidError(f"{name} = {raw!r} ({origin}): {error}") from None
 
 
@@ -236,7 +236,7 @@ def running_mesh(state_dir: Path) -> dict[str, Any] | None:
     try:
         values: dict[str, Any] = json.loads((state_dir / "up.json").read_text())
         os.kill(values["pid"], 0)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return values
 

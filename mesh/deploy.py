@@ -269,7 +269,7 @@ async def deploy(
     from mesh.broker import translated
     from mesh.broker.registry import MAX_FUNCTIONS
 
-    if not definitions:
+    if not definitions and state is AppState.DEPLOYED:
         raise InvalidError(f"app {name!r} has no functions: decorate one with @app.function()")
     source = await asyncio.to_thread(find_source, entry)
     described = [describe(definition, source, app) for definition in definitions]

@@ -28,13 +28,18 @@ app.add_typer(calls.app, name="call")
 app.add_typer(configuration.app, name="config")
 
 
-@app.callback()
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version, and exit.", is_eager=True),
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"mesh {mesh.__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version, and exit.", is_eager=True, callback=_print_version
+    ),
+) -> None: ...
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

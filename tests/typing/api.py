@@ -1,0 +1,80 @@
+"""Never run, only checked: the types that users see, through both faces. mypy and pyright must agree with each line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, assert_type
+
+import mesh
+
+app = mesh.App("typed")
+
+
+@app.function()
+def double(x: int, *, plus: int = 0) -> str:
+    return str(2 * x + plus)
+
+
+@app.function(retries=mesh.Retries(max_retries=3), timeout=10)
+async def later(x: int) -> list[int]:
+    return [x]
+
+
+@app.local_entrypoint()
+def main(name: str) -> int:
+    return len(name)
+
+
+def blocking() -> None:
+    assert_type(double.remote(3), str)
+    assert_type(double.remote(3, plus=1), str)
+    assert_type(later.remote(3), list[int])
+    call = double.spawn(3)
+    assert_type(call, mesh.FunctionCall[str])
+    assert_type(call.get(), str)
+    assert_type(call.get(timeout=1.5), str)
+    assert_type(later.spawn(1).get(), list[int])
+    assert_type(call.object_id, str)
+    assert_type(call.num_inputs(), int)
+    assert_type(mesh.FunctionCall.gather(call, call), list[Any])
+    assert_type(double.hydrate().remote(1), str)
+    assert_type(main("x"), int)
+    assert_type(mesh.FunctionCall.from_id("fc-…"), mesh.FunctionCall[Any])
+    with app.run() as running:
+        assert_type(running, mesh.App)
+    assert_type(app.deploy(), mesh.App)
+
+
+async def awaiting() -> None:
+    assert_type(await double.remote.aio(3), str)
+    call = await double.spawn.aio(3, plus=2)
+    assert_type(call, mesh.FunctionCall[str])
+    assert_type(await call.get.aio(timeout=0), str)
+    assert_type(await later.remote.aio(1), list[int])
+    assert_type(await mesh.FunctionCall.gather.aio(call), list[Any])
+    async with app.run() as running:
+        assert_type(running, mesh.App)
+
+
+def by_name() -> None:
+    found = mesh.Function.from_name("app", "f")
+    found.remote(1, "anything", goes=True)
+    found.spawn().get()
+
+
+def refused() -> None:
+    double.remote("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    double.remote()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    double.spawn(3, minus=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    later.remote("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    double(3)  # type: ignore[operator]  # pyright: ignore[reportCallIssue]
+
+
+async def refused_awaiting() -> None:
+    await double.remote.aio("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await double.spawn.aio()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def what_a_function_is(given: Callable[[int], str]) -> None:
+    made = app.function(serialized=True)(given)
+    assert_type(made.remote(1), str)
