@@ -65,7 +65,7 @@ class Bundle:
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 bundle = cls({name: archive.read(name) for name in archive.namelist()})
-        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - damaged bytes raise almost anything
             raise DataLossError(f"the source bundle {digest[:12]} is damaged: {error}; deploy the app again") from None
         if bundle.digest != digest:
             raise DataLossError(f"the source bundle {digest[:12]} does not match its digest; deploy the app again")
@@ -73,10 +73,11 @@ class Bundle:
 
     def write(self, directory: Path) -> None:
         """Put the files under `directory`, compiled; it appears complete or not at all."""
+        for name in self.files:
+            _check_path(name)
         fresh = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
         shutil.rmtree(fresh, ignore_errors=True)
         for name, content in self.files.items():
-            _check_path(name)
             target = fresh / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
@@ -184,7 +185,8 @@ def _python_files(folder: Path) -> Iterator[Path]:
             for f in folders
             if not f.startswith(".") and f not in _LEFT_OUT and not (Path(root) / f / "pyvenv.cfg").exists()
         )
-        yield from (Path(root) / name for name in sorted(names) if name.endswith(".py"))
+        # No module's name starts with a dot; files of such names are editors' links and metadata.
+        yield from (Path(root) / name for name in sorted(names) if name.endswith(".py") and name[0] != ".")
 
 
 def _imports(content: bytes) -> Iterator[str]:
