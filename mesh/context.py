@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -82,30 +83,31 @@ def last_error() -> str:
 
 
 _waiting_lock = threading.Lock()
-_waiting_inputs: set[int] = set()
+_waiting_inputs: Counter[int] = Counter()  # how many calls each waits for: an async function may gather several
 
 
 @contextlib.contextmanager
 def waiting_in_mesh() -> Generator[None]:
     """Mark that the current input only waits for other calls, so that its container lends its place to them."""
-    running = current.get()
-    if running is None or _container is None or running.seq in _waiting_inputs:
+    running, here = current.get(), _container
+    if running is None or here is None:
         yield
         return
-    _container_waits(running.seq, True)
+    _container_waits(here, running.seq, 1)
     try:
         yield
     finally:
-        _container_waits(running.seq, False)
+        _container_waits(here, running.seq, -1)
 
 
-def _container_waits(seq: int, waiting: bool) -> None:
-    assert _container is not None
+def _container_waits(container: Container, seq: int, change: int) -> None:
     with _waiting_lock:
         before = bool(_waiting_inputs)
-        (_waiting_inputs.add if waiting else _waiting_inputs.discard)(seq)
+        _waiting_inputs[seq] += change
+        if not _waiting_inputs[seq]:
+            del _waiting_inputs[seq]
         if bool(_waiting_inputs) != before:
-            _container.announce_waiting(not before)
+            container.announce_waiting(not before)
 
 
 _output_enabled = False
