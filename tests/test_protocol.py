@@ -495,6 +495,7 @@ def test_two_names_are_never_one_token(one: str, other: str) -> None:
 def test_a_time_is_rfc_3339_in_utc_to_the_millisecond() -> None:
     assert format_time(0) == "1970-01-01T00:00:00.000Z"
     assert format_time(NOON) == "2023-11-14T22:13:20.500Z"
+    assert format_time(1.001) == "1970-01-01T00:00:01.001Z"  # 1.001 * 1000 is a little less than 1001
 
 
 @pytest.mark.parametrize(
