@@ -3,6 +3,8 @@
 __version__ = "0.1.0"
 
 from mesh import exception
+from mesh import functions as functions  # as in Modal, `mesh.functions.FunctionCall` works without an import of its own
+from mesh import queue as queue
 from mesh.app import App
 from mesh.context import (
     current_attempt,
@@ -32,6 +34,7 @@ from mesh.unbuilt import (
     Workspace,
     asgi_app,
     batched,
+    billing,
     concurrent,
     enter,
     exit,
@@ -69,6 +72,7 @@ __all__ = [
     "__version__",
     "asgi_app",
     "batched",
+    "billing",
     "concurrent",
     "current_attempt",
     "current_function_call_id",

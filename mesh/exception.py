@@ -8,6 +8,7 @@
      ├ DataLossError               stored data does not match its digest
      ├ DeserializationError        bytes could not be turned back into Python objects
      ├ ExecutionError              something ran (or was asked to run) in the wrong way or place
+     ├ FilesystemExecutionError, SandboxFilesystemError   for code written for Modal
      ├ InternalError               a fault of mesh itself
      ├ InternalFailure             the container or worker was lost too often
      │  └ OutOfMemoryError           …because it used too much memory
@@ -32,6 +33,7 @@
     InputCancellation (BaseException)   raised inside a function that is cancelled or out of time
     NotReadyError (builtin TimeoutError)   `get(timeout=…)`: there is no result yet
     AsyncUsageWarning, DeprecationError, ServerWarning (UserWarning)
+    ModuleNotMountable (Exception)   for code written for Modal
 
 A poller written for Modal says ``except OutputExpiredError: …  except TimeoutError: pending``, where the second
 name is the builtin. So only "not ready yet" may be a builtin TimeoutError: were FunctionTimeoutError one too, a call
@@ -58,6 +60,7 @@ __all__ = [
     "Error",
     "ExecTimeoutError",
     "ExecutionError",
+    "FilesystemExecutionError",
     "FunctionTimeoutError",
     "ImageBuildError",
     "InputCancellation",
@@ -76,6 +79,7 @@ __all__ = [
     "RemoteError",
     "RequestSizeError",
     "ResourceExhaustedError",
+    "SandboxFilesystemError",
     "SandboxTimeoutError",
     "SerializationError",
     "ServerWarning",
@@ -118,6 +122,10 @@ class DeserializationError(Error):
 
 class ExecutionError(Error):
     """A call could not be made or run as asked; also stands in for errors whose class does not exist here."""
+
+
+class FilesystemExecutionError(Error):
+    """Exists for code written for Modal; mesh has no sandboxes."""
 
 
 class InternalError(Error):
@@ -170,6 +178,10 @@ class RequestSizeError(Error):
 
 class ResourceExhaustedError(Error):
     """A queue, a quota or the disk is full; nothing was accepted."""
+
+
+class SandboxFilesystemError(Error):
+    """Exists for code written for Modal; mesh has no sandboxes."""
 
 
 class SerializationError(Error):
