@@ -9,6 +9,7 @@ import sys
 import types
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
 from mesh import context
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from mesh.broker import Broker
-    from mesh.deploy import Definition, Deployment
+    from mesh.deploy import Deployment
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,6 +85,21 @@ class LocalEntrypoint(Generic[P, R]):
     def get_raw_f(self) -> Callable[P, R]:
         """The function as it was defined."""
         return self._raw
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A function as its App registered it.
+
+    Attributes:
+        module: name of the module that applied the decorator. declared: the App's own name there.
+        by_value: `serialized=True`.
+    """
+
+    function: Function[Any, Any]
+    module: str
+    declared: str | None
+    by_value: bool
 
 
 class App:
@@ -300,8 +316,6 @@ class App:
         return ", ".join(option for option, value in asked.items() if value)
 
     def _register(self, function: Function[Any, Any], module: str, serialized: bool) -> Function[Any, Any]:
-        from mesh.deploy import Definition
-
         if function.name in self._definitions:
             logger.warning(
                 "app %s: function %r is defined twice; the later one counts", self.description, function.name

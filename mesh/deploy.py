@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mesh
 from mesh import serialization
@@ -32,11 +32,11 @@ from mesh.bundle import Bundle, collect
 from mesh.exception import ConflictError, InvalidError, NotFoundError, RemoteError, SerializationError
 from mesh.protocol import Result, State, failure
 from mesh.records import AppHead, AppState, Code, FunctionRecord, Removal
-from mesh.sdk import Function
 from mesh.settle import end_without_lease, quarantine_stored
 from mesh.topology import SHARED_POOL
 
 if TYPE_CHECKING:
+    from mesh.app import Definition
     from mesh.broker import Broker
 
 logger = logging.getLogger("mesh")
@@ -149,21 +149,6 @@ def _package_versions(imported: set[str]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-@dataclass(frozen=True, slots=True)
-class Definition:
-    """A function as its App registered it.
-
-    Attributes:
-        module: name of the module that applied the decorator. declared: the App's own name there.
-        by_value: `serialized=True`.
-    """
-
-    function: Function[Any, Any]
-    module: str
-    declared: str | None
-    by_value: bool
 
 
 def describe(definition: Definition, source: Source, app: str) -> tuple[FunctionRecord, bytes]:
