@@ -127,6 +127,7 @@ class Container:
         self._assignments: dict[int, Assignment] = {}
         self._scratch = Path(tempfile.mkdtemp(prefix=f"mesh-{name}-"))
         self._transport: asyncio.Transport | None = None
+        self._outgoing: list[bytes] = []
         self._finished = asyncio.Event()
         self._said_all = asyncio.Event()
         self._killed = ""
@@ -281,8 +282,15 @@ class Container:
     # --- what it says ------------------------------------------------------------------------------------------------
 
     def _send(self, frame: Frame) -> None:
+        """Send at the end of this turn of the loop: several frames of one turn cost one system call."""
+        if not self._outgoing:
+            self._loop.call_soon(self._flush)
+        self._outgoing.append(frames.encode(frame))
+
+    def _flush(self) -> None:
+        data, self._outgoing = b"".join(self._outgoing), []
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frames.encode(frame))
+            self._transport.write(data)
 
     def on_frame(self, frame: Frame) -> None:
         """A frame from the container; called by the conversation."""

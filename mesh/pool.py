@@ -6,6 +6,7 @@ to call. Nothing here waits; what needs the store runs in the background and end
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import statistics
 import time
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from mesh.autoscaler import Load, containers_wanted
 from mesh.broker import Lease
 from mesh.container import Assignment, Container, Exit
+from mesh.examine import Finding
 from mesh.exception import Error, NotFoundError
 from mesh.frames import Outcome, Start, Work
 from mesh.protocol import Failure, Format, State, failure
@@ -61,6 +63,7 @@ class Pool:
         self.closed = False
         self._worker = worker
         self._held: deque[Held] = deque()
+        self._of_removed: list[Held] = []
         self._versions: dict[Container, str] = {}
         self._pending = 0
         self._durations: deque[float] = deque(maxlen=_RECENT)
@@ -68,6 +71,7 @@ class Pool:
         self._backoff = 0.0
         self._retry_at = 0.0
         self._start_error = ""
+        self._feeding = False
 
     # --- what it is --------------------------------------------------------------------------------------------------
 
@@ -164,8 +168,8 @@ class Pool:
             self._worker.background.spawn(self._quarantine(held))
         elif lease.refusal is not None:
             self._settle(held, Execution(kind=Kind.REFUSED, failure=failure(type(lease.refusal), str(lease.refusal))))
-        elif lease.delivery > 1 or (lease.input is not None and lease.input.resubmit):
-            self._worker.background.spawn(self._examine(held))
+        elif self._worker.examiner.needed(lease):
+            self._worker.examiner.examine(held, self._on_examined)
         else:
             held.marked = True
             self._accept(held)
@@ -179,19 +183,14 @@ class Pool:
             self._worker.release(held)
             self.feed()
 
-    async def _examine(self, held: Held) -> None:
-        """An input that may have ended, or been lost with others before, is looked into before it runs."""
-        await held.lease.renew()
-        if await self._worker.settler.finish_other(held.lease):
-            await held.lease.ack()
+    def _on_examined(self, held: Held, finding: Finding) -> None:
+        if finding is Finding.ENDED:
             self._worker.release(held)
             self.feed()
-            return
-        if held.lease.delivery > 1:
-            held.log = await self._worker.settler.read_log(held.lease)
-        else:
-            held.marked = True
-        if len(held.log.crashes(held.lease.delivery)) >= self._worker.settings.crash_budget:
+        elif finding is Finding.ELSEWHERE:
+            later = Execution(kind=Kind.RETURNED, text="another worker holds it", delay=self._worker.ack_wait)
+            self._settle(held, later)
+        elif len(held.log.crashes(held.lease.delivery)) >= self._worker.settings.crash_budget:
             self._settle(held, Execution(kind=Kind.CRASHED))
         else:
             self._accept(held)
@@ -202,8 +201,9 @@ class Pool:
         if deadline is not None and time.time() > deadline:
             self._settle(held, Execution(kind=Kind.EXPIRED, text="expired: its deadline passed before it was started"))
         elif self.record.removed is not None:
-            gone = failure(NotFoundError, self.record.removed.reason)
-            self._settle(held, Execution(kind=Kind.REFUSED, failure=gone))
+            self._of_removed.append(held)
+            if len(self._of_removed) == 1:
+                self._worker.background.spawn(self._fail_removed())
         elif self.closed:
             self._settle(held, Execution(kind=Kind.CANCELLED, text="cancelled: its app has ended"))
         elif self._worker.draining:
@@ -212,15 +212,40 @@ class Pool:
             self._held.append(held)
         self.feed()
 
+    async def _fail_removed(self) -> None:
+        """Inputs of a removed function fail, unless it was deployed again since: ask, before saying so."""
+        record = await self._worker.settler.insist(
+            lambda: self._worker.broker.registry.function(self.key.app, self.key.function)
+        )
+        waiting, self._of_removed = self._of_removed, []
+        if record is not None and record.removed is None:
+            self.update(record, self.unfit)
+        for held in waiting:
+            if self.record.removed is None:
+                self._accept(held)
+            else:
+                gone = failure(NotFoundError, self.record.removed.reason)
+                self._settle(held, Execution(kind=Kind.REFUSED, failure=gone))
+
     # --- the heart ---------------------------------------------------------------------------------------------------
 
     def feed(self) -> None:
-        """Give inputs to containers, start what is missing, and ask for as much as can be run."""
+        """Give inputs to containers, start what is missing, and ask for as much as can be run.
+
+        At the end of this turn of the loop, once for everything that happens in it.
+        """
+        if not self._feeding:
+            self._feeding = True
+            asyncio.get_running_loop().call_soon(self._feed)
+
+    def _feed(self) -> None:
+        self._feeding = False
         if self.closed or self._worker.draining:
             return
         self._assign()
-        self._grow()
-        self._ask()
+        serving = self.serving
+        self._grow(serving)
+        self._ask(serving)
 
     def _assign(self) -> None:
         while self._held:
@@ -279,11 +304,10 @@ class Pool:
         if self.record.spec.single_use_containers:
             container.stop()
 
-    def _grow(self) -> None:
+    def _grow(self, serving: Sequence[Container]) -> None:
         """Start containers while the load wants more and there is room for them."""
         if self.unfit or self._resting() or self.record.removed is not None:
             return
-        serving = self.serving
         behind = sum(max(0, c.load - 1) for c in serving)
         waiting = len(self._held) + behind + (0 if self._asked() else self._pending)
         load = Load(waiting=waiting, running=sum(c.load > 0 for c in serving), duration=self._median)
@@ -295,14 +319,13 @@ class Pool:
     def _asked(self) -> int:
         return self._worker.puller.outstanding(self.consumer)
 
-    def _ask(self) -> None:
+    def _ask(self, serving: Sequence[Container]) -> None:
         """Pull what can be run now; one input more where another container could be started for it."""
         if self.unfit or self._resting():
             return
         if self.record.removed is not None:
             wanted = _REMOVED_BATCH
         else:
-            serving = self.serving
             wanted = sum(self._room(c) if c.ready else 1 for c in serving)
             limit = self.record.spec.max_containers
             if (limit is None or len(serving) < limit) and (not self._taking or self._worker.has_room()):
@@ -435,7 +458,6 @@ class Pool:
         finally:
             self._worker.release(held)
         _report(held, self.key, verdict)
-        self.feed()
 
 
 _TIMEOUT = "its timeout"

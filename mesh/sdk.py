@@ -7,7 +7,6 @@ Handles do no I/O until they are used. Every method that talks to the mesh has t
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -32,9 +31,8 @@ from mesh.topology import SHARED_POOL
 
 # asyncio, nats and all that needs them are imported at first use: together they take four times as long as the rest.
 if TYPE_CHECKING:
-    import asyncio
-
     from mesh.broker import Broker
+    from mesh.broker.results import Waiter
     from mesh.records import FunctionRecord
     from mesh.status import CallStatus
 
@@ -42,7 +40,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SILENCE = 3.0  # seconds of waiting after which a caller is told that no worker is there
-_LOOK_AGAIN = 15.0  # seconds between looks whether what is waited for can still come
+_LOOK_AGAIN = 30.0  # seconds between looks whether what is waited for can still come
 _REMOTE_RESULT_TTL = 3600.0  # the caller of `remote` has its value at once; the copy is for lost connections
 _CLOCK_TOLERANCE = 60.0  # seconds by which a caller's clock may be off
 
@@ -194,9 +192,12 @@ class Function(Generic[P, R]):
         input = self._input(broker, record, "remote", args, kwargs)
         call = FunctionCall[R](input.address.call, environment=broker.topology.environment, address=input.address)
         with context.waiting_in_mesh():
-            async with broker.results.waiting(input.address.key) as pushed:
+            waiter = await broker.results.expect(input.address.key)
+            try:
                 await broker.calls.submit(input)
-                result = await call._wait(broker, pushed, None)
+                result = await call._wait(broker, waiter, None)
+            finally:
+                waiter.close()
         return call._value(broker, result)
 
     def local(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
@@ -412,12 +413,7 @@ class FunctionCall(Generic[R]):
             result = await self._read(broker, key) or await self._look(broker, index)
         else:
             with context.waiting_in_mesh():
-                async with broker.results.waiting(key) as pushed:
-                    result = await self._read(broker, key)
-                    if result is None:
-                        if self._address is None:
-                            await self._look(broker, index)
-                        result = await self._wait(broker, pushed, timeout, index)
+                result = await self._read_or_wait(broker, key, timeout, index)
         if result is None:
             raise NotReadyError(f"call {self._id} has no result yet")
         return self._value(broker, result)
@@ -433,9 +429,18 @@ class FunctionCall(Generic[R]):
         async with translated(f"reading the result of {self._id}"):
             return await broker.results.get(key)
 
-    async def _wait(
-        self, broker: Broker, pushed: asyncio.Future[Result], timeout: float | None, index: int = 0
-    ) -> Result:
+    async def _read_or_wait(self, broker: Broker, key: str, timeout: float | None, index: int) -> Result:
+        """Listen first, then read, then wait: whatever happens in between is not missed."""
+        waiter = await broker.results.expect(key)
+        try:
+            found = await self._read(broker, key)
+            if found is None and self._address is None:
+                found = await self._look(broker, index)
+            return found or await self._wait(broker, waiter, timeout, index)
+        finally:
+            waiter.close()
+
+    async def _wait(self, broker: Broker, waiter: Waiter, timeout: float | None, index: int = 0) -> Result:
         """The result, once it is pushed. Looks at times whether it can still come.
 
         Raises:
@@ -443,19 +448,16 @@ class FunctionCall(Generic[R]):
         """
         import asyncio
 
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for pause in itertools.chain([_SILENCE], itertools.repeat(_LOOK_AGAIN)):
-            left = pause if deadline is None else min(pause, deadline - time.monotonic())
-            await asyncio.wait([pushed], timeout=max(left, 0))
-            if pushed.done():
-                return pushed.result()
-            if deadline is not None and time.monotonic() >= deadline:
-                break
-            if pause == _SILENCE:
-                await self._warn_without_worker(broker)
-            elif result := await self._look_quietly(broker, index):
-                return result
-        raise NotReadyError(f"call {self._id} has no result after {timeout:g} s")
+        try:
+            async with asyncio.timeout(timeout) if timeout is not None else contextlib.nullcontext():
+                found = await waiter.wait(_SILENCE)
+                if found is None:
+                    await self._warn_without_worker(broker)
+                while found is None:
+                    found = await waiter.wait(_LOOK_AGAIN) or await self._look_quietly(broker, index)
+                return found
+        except TimeoutError:
+            raise NotReadyError(f"call {self._id} has no result after {timeout:g} s") from None
 
     async def _look_quietly(self, broker: Broker, index: int) -> Result | None:
         """`_look`, while the server may be away: then there is nothing to see, and waiting goes on."""

@@ -40,25 +40,31 @@ _MAX_DEPTH = 64  # of nested lists and dicts in JSON and msgpack; deeper ones (a
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def _fits(value: object, keys: tuple[type, ...], leaves: tuple[type, ...], depth: int = 0) -> bool:
+def _fits(value: object, keys: frozenset[type], leaves: frozenset[type], depth: int = 0) -> bool:
     """Whether `value` consists of exactly these types (besides lists and dicts), and no deeper than allowed."""
     kind = type(value)
     if kind in leaves:
         return True
     if kind is float:
         return math.isfinite(cast(float, value))
-    if depth > _MAX_DEPTH:
+    if depth > _MAX_DEPTH or (kind is not list and kind is not dict):
         return False
-    if kind is list:
-        return all(_fits(item, keys, leaves, depth + 1) for item in cast("list[object]", value))
+    parts = cast("list[object]", value)
     if kind is dict:
-        items = cast("dict[object, object]", value).items()
-        return all(type(key) in keys and _fits(item, keys, leaves, depth + 1) for key, item in items)
-    return False
+        for key in cast("dict[object, object]", value):
+            if type(key) not in keys:
+                return False
+        parts = list(cast("dict[object, object]", value).values())
+    for part in parts:  # noqa: SIM110 - a generator for each list costs more than most lists
+        if type(part) not in leaves and not _fits(part, keys, leaves, depth + 1):
+            return False
+    return True
 
 
-_JSON_LEAVES = (str, int, bool, type(None))
-_MSGPACK_LEAVES = (*_JSON_LEAVES, bytes)
+_JSON_KEYS: frozenset[type] = frozenset((str,))
+_MSGPACK_KEYS: frozenset[type] = frozenset((str, int))
+_JSON_LEAVES: frozenset[type] = frozenset((str, int, bool, type(None)))
+_MSGPACK_LEAVES = _JSON_LEAVES | {bytes}
 
 
 def encode(value: object, main_as: str | None = None) -> tuple[Format, bytes]:
@@ -71,12 +77,12 @@ def encode(value: object, main_as: str | None = None) -> tuple[Format, bytes]:
     Raises:
         SerializationError: it cannot be pickled; the text says which part of it.
     """
-    if _fits(value, (str,), _JSON_LEAVES):
+    if _fits(value, _JSON_KEYS, _JSON_LEAVES):
         try:
             return Format.JSON, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
         except ValueError:  # lone surrogates, or a number of more than 4,300 digits
             pass
-    elif _fits(value, (str, int), _MSGPACK_LEAVES):
+    elif _fits(value, _MSGPACK_KEYS, _MSGPACK_LEAVES):
         try:
             return Format.MSGPACK, msgpack.packb(value)
         except (ValueError, OverflowError):  # surrogates, or a number of more than 64 bits
@@ -136,8 +142,13 @@ def decode_arguments(format: Format, body: bytes) -> tuple[list[Any], dict[str, 
 
 
 def preview(format: Format, body: bytes) -> str:
-    """Arguments for human eyes; only of what is JSON, since only that is certain to be readable and harmless."""
-    return body[: 4 * PREVIEW_LIMIT].decode("utf-8", "replace") if format is Format.JSON else ""
+    """The start of long arguments, for human eyes; only of what is JSON, since only that is sure to be readable.
+
+    Short ones need none: the message itself shows them.
+    """
+    if format is not Format.JSON or len(body) <= PREVIEW_LIMIT:
+        return ""
+    return body[: 4 * PREVIEW_LIMIT].decode("utf-8", "replace")
 
 
 def _short(value: object) -> str:

@@ -241,7 +241,7 @@ class Settler:
                 await self._store(held, result, bury)
                 await held.lease.ack()
             case Again(attempt, delay):
-                await self._insist(lambda: self._broker.attempts.add(held.key, held.lease.delivery, attempt))
+                await self.insist(lambda: self._broker.attempts.add(held.key, held.lease.delivery, attempt))
                 await held.lease.nak(delay)
         return verdict
 
@@ -250,40 +250,40 @@ class Settler:
         ttl = input.result_ttl if input else None
         if input and result.state is State.SUCCEEDED and not input.keep_result:
             ttl = min(ttl or _VALUELESS_TTL, _VALUELESS_TTL)
-        created = await self._insist(lambda: self._broker.results.create(held.key, result, ttl))
-        if not created:
-            await self.finish_other(held.lease)
-        elif bury:
+        created = await self.insist(lambda: self._broker.results.create(held.key, result, ttl))
+        if created and bury:
             await self._bury(held.lease, result)
+        elif not created:
+            other = await self.insist(lambda: self._broker.results.get(held.key))
+            if other is not None:
+                await self._bury_failure(held.lease, other)
 
-    async def finish_other(self, lease: Lease) -> bool:
-        """If the input has a result already, see that nothing is missing beside it; false if it has none.
+    async def finish_other(self, lease: Lease, stored: Result) -> None:
+        """The input has a result already: see that nothing is missing beside it, and acknowledge it."""
+        await self._bury_failure(lease, stored)
+        await lease.ack()
 
-        Whoever stored it may have died before the dead letter, so whoever finds a failure makes sure of that.
-        """
-        assert lease.address is not None
-        key = lease.address.key
-        stored = await self._insist(lambda: self._broker.results.get(key))
-        if stored is not None and stored.state in (State.FAILED, State.TIMED_OUT):
+    async def _bury_failure(self, lease: Lease, stored: Result) -> None:
+        """Whoever stored a failure may have died before the dead letter, so whoever finds one makes sure of that."""
+        if stored.state in (State.FAILED, State.TIMED_OUT):
             await self._bury(lease, stored)
-        return stored is not None
 
     async def _bury(self, lease: Lease, result: Result) -> None:
         assert lease.address is not None
         subject = self._broker.topology.dead_subject(lease.address)
-        await self._insist(lambda: self._broker.bury(subject, lease.headers, lease.body, _death(result)))
+        await self.insist(lambda: self._broker.bury(subject, lease.headers, lease.body, _death(result)))
 
     async def quarantine(self, lease: Lease) -> None:
         """Put aside a message that is no call, with the reason; nobody waits for it."""
         subject = self._broker.topology.quarantine_subject(lease.subject)
         reason = _death_of(State.FAILED, str(lease.refusal))
-        await self._insist(lambda: self._broker.bury(subject, lease.headers, lease.body, reason))
+        await self.insist(lambda: self._broker.bury(subject, lease.headers, lease.body, reason))
         await lease.ack()
 
     async def mark_begun(self, held: Held, worker: str) -> None:
         """Write down that a redelivered input begins, so that it is known who was lost if nothing follows."""
         begun = Attempt(ending=Ending.BEGAN, worker=worker, at=time.time())
-        held.log = await self._insist(lambda: self._broker.attempts.add(held.key, held.lease.delivery, begun))
+        held.log = await self.insist(lambda: self._broker.attempts.add(held.key, held.lease.delivery, begun))
 
     async def adopt(self, held: Held, lease: Lease, worker: str) -> None:
         """The input was delivered again to the worker that has it: go on under the new lease."""
@@ -292,15 +292,15 @@ class Settler:
         # Written of the earlier delivery: the new one is still to end, as a try perhaps, and would stay what it is.
         for delivery, ending in ((earlier, Ending.ADOPTED), (lease.delivery, Ending.BEGAN)):
             attempt = Attempt(ending=ending, worker=worker, at=time.time())
-            await self._insist(functools.partial(self._broker.attempts.add, held.key, delivery, attempt))
+            await self.insist(functools.partial(self._broker.attempts.add, held.key, delivery, attempt))
 
     async def read_log(self, lease: Lease) -> AttemptLog:
         """What is known of earlier deliveries."""
         assert lease.address is not None
         key = lease.address.key
-        return await self._insist(lambda: self._broker.attempts.get(key))
+        return await self.insist(lambda: self._broker.attempts.get(key))
 
-    async def _insist(self, action: Callable[[], Awaitable[T]]) -> T:
+    async def insist(self, action: Callable[[], Awaitable[T]]) -> T:
         """Do it, again and again while the store is full or away. Leases are renewed elsewhere meanwhile."""
         pause = _FIRST_PAUSE
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mesh.protocol import Address, Result, State, call_time
+from mesh.protocol import PREVIEW_LIMIT, Address, Format, Result, State, call_time
 from mesh.records import AttemptLog, WorkerRecord
 
 if TYPE_CHECKING:
@@ -90,13 +90,19 @@ def _unfinished(
         created=call_time(call),
         worker=worker,
         last_error=log.last_error if log else "",
-        preview=queued.headers.get("Mesh-Preview", ""),
+        preview=queued.headers.get("Mesh-Preview", "") or _short_arguments(queued),
     )
+
+
+def _short_arguments(queued: Stored) -> str:
+    if queued.headers.get("Mesh-Format", Format.JSON) != Format.JSON or len(queued.body) > PREVIEW_LIMIT:
+        return ""
+    return queued.body.decode("utf-8", "replace")
 
 
 async def why_waiting(broker: Broker, address: Address | None) -> str:
     """Why nobody runs a queued call, if that can be told; empty if somebody could."""
-    return why(await broker.workers.all(), address.path if address else "", broker.topology.environment)
+    return why(await broker.workers.recent(), address.path if address else "", broker.topology.environment)
 
 
 def why(workers: list[WorkerRecord], function: str, environment: str = "") -> str:

@@ -29,6 +29,7 @@ from mesh.broker.fleet import RENEW_WORKER
 from mesh.codecache import CodeCache
 from mesh.config import Settings
 from mesh.container import Container
+from mesh.examine import Examiner
 from mesh.exception import Error
 from mesh.pool import Pool, PoolKey
 from mesh.records import AppHead, AppState, FunctionRecord, WorkerRecord
@@ -120,6 +121,7 @@ class Worker:
         await self.broker.ensure()
         self.ack_wait = await self.broker.ack_wait()
         self.settler = Settler(self.broker)
+        self.examiner = Examiner(self.broker, self.settler, self.name)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
         self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, self.settings.sweep_interval)
         self.puller = Puller(self.broker.connection, self.broker.topology, self._on_lease, self._on_void)
@@ -134,6 +136,7 @@ class Worker:
         await self.puller.start()
         await self.broker.registry.watch(self._on_head, self._on_unreadable)
         await self._announce()
+        self.examiner.trust_from(await self.broker.workers.server_time(self.name))
         await self._read_heads()
         logger.info(
             "worker %s is ready: %d containers, environment %s, %s",
@@ -189,6 +192,7 @@ class Worker:
         if self._presence:
             with contextlib.suppress(Exception):  # it lapses by itself
                 await self.broker.workers.withdraw(self._presence)
+        await self.examiner.close()
         await self.background.cancel()
         await self.broker.close()
         logger.info("worker %s has stopped", self.name)
@@ -387,10 +391,14 @@ class Worker:
         """Renew everything first, so that nothing is delivered to somebody else; then, after a moment, ask again."""
         pause = random.uniform(*_SETTLE_DOWN)
         self._pulling_from = time.monotonic() + pause
+        self.examiner.on_reconnected()
         for held in list(self._held.values()):
             await held.lease.renew()
         logger.info("the server is back")
-        await asyncio.sleep(pause)
+        # List everything held, so that nobody runs what the server may deliver once more as if for the first time.
+        await self.settler.insist(self._announce)
+        self.examiner.trust_from(await self.settler.insist(lambda: self.broker.workers.server_time(self.name)))
+        await asyncio.sleep(max(0.0, self._pulling_from - time.monotonic()))
         await self._read_heads()
         for pool in list(self._pools.values()):
             pool.feed()
@@ -495,6 +503,9 @@ class Worker:
         asyncio.get_running_loop().call_later(max(0.0, moment - time.monotonic()) + 0.01, pool.feed)
 
     def _long_running(self) -> tuple[str, ...]:
+        """What is announced as running: inputs that began a while ago; for a while after a reconnect, all held."""
+        if self.examiner.lists_all:
+            return tuple(held.key for held in self._held.values() if held.lease.address is not None)
         return tuple(
             assignment.owner.key
             for pool in self._pools.values()

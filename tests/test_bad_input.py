@@ -676,7 +676,7 @@ def test_a_call_of_an_unknown_version(own_mesh: Callable[..., Mesh]) -> None:
     publish(mesh, mesh.ask(_root) + f".call.versions.echo._.{call}.0", b"{}", {"Mesh-Version": "9"})
     with pytest.raises(VersionError, match="speaks version 9 of the protocol, this mesh speaks version 1"):
         FunctionCall.from_id(call).get(timeout=10)
-    assert dead(mesh, call)
+    until(lambda: dead(mesh, call), what="its dead letter follows its result")
     assert module.echo.remote(1) == 1
 
 

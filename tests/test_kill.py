@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mesh import Function, FunctionCall
+from mesh.broker import Broker
 from mesh.protocol import Address, Input, Result, State, new_call_id
 from mesh.server import NatsServer
 from tests.support import Mesh, alive, new_mesh, until
@@ -147,6 +148,39 @@ def test_result_stored_and_worker_dead_before_the_ack(own_mesh: Callable[..., Me
     until(gone, what="the second worker acknowledges it")
     assert call.get() == "from the dead"
     assert mesh.ledger().count() == 0
+
+
+def test_a_restarted_server_forgets_deliveries_and_the_worker_does_not_care(own_mesh: Callable[..., Mesh]) -> None:
+    """A server that is killed counts its newest deliveries from one again, also of calls that have their result."""
+    mesh = own_mesh()
+    module = mesh.deploy(JOBS)
+    call = module.work.spawn(str(mesh.ledger().path), "a", 0)
+
+    async def store_a_result(broker: Broker) -> None:
+        assert await broker.results.create(f"{call.object_id}.0", Result(state=State.SUCCEEDED, body=b'"stored"'))
+
+    mesh.ask(store_a_result)
+    mesh.start_worker()
+    until(lambda: mesh.ask(lambda broker: broker.calls.find(call.object_id)) is None, what="it is acknowledged")
+    assert call.get() == "stored"
+    assert mesh.ledger().count() == 0
+
+
+def test_short_calls_while_the_server_is_killed_again_and_again(
+    own_server: Callable[..., NatsServer], tmp_path: Path
+) -> None:
+    server = own_server(store=tmp_path / "store")
+    with new_mesh(server, tmp_path, ack_wait=5) as mesh:
+        module = mesh.deploy(JOBS)
+        mesh.start_worker("--containers", "4")
+        calls = [module.work.spawn(str(mesh.ledger().path), f"n{n}", 0.02) for n in range(400)]
+        for count in (40, 120, 200):
+            until(lambda count=count: mesh.ledger().count("begin") >= count)
+            server.kill()
+            server = own_server(store=tmp_path / "store", port=server.port)
+        assert FunctionCall.gather(*calls) == [f"n{n}" for n in range(400)]
+        begun = sorted(line.split()[1] for line in mesh.ledger().lines() if line.startswith("begin"))
+        assert begun == sorted(f"n{n}" for n in range(400))
 
 
 def test_a_call_longer_than_three_ack_waits_runs_once(own_mesh: Callable[..., Mesh]) -> None:

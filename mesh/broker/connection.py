@@ -24,6 +24,7 @@ from nats.aio.subscription import Subscription
 from nats.js.object_store import ObjectStore
 
 from mesh import exception
+from mesh.background import Background
 from mesh.config import Settings
 
 logger = logging.getLogger("mesh.broker")
@@ -31,6 +32,7 @@ logger = logging.getLogger("mesh.broker")
 REQUEST_TIMEOUT = 5.0  # seconds for one answer of the server
 HEADROOM = 1024  # bytes kept free below max_payload: one byte over it closes a nats-py connection for good
 _INLINE_LIMIT = 512 << 10
+_OVERDUE_CHECK = 0.1  # seconds between looks for requests that got no answer
 _MULTI_GET = 500  # keys in one read; the server answers 413 above 1,024
 _BATCH = 1000  # messages of an atomic batch, the server's limit
 
@@ -48,6 +50,10 @@ class StoreError(Exception):
 
 class Unanswered(Exception):
     """No answer: the connection broke or the time ran out. Whether the server did what was asked is not known."""
+
+
+class _Overdue(Exception):
+    """The time of a request is over."""
 
 
 class NoResponders(Exception):
@@ -81,6 +87,7 @@ class _Waiting:
     """A request under way; `many` collects answers until the one that ends them."""
 
     future: asyncio.Future[Msg]
+    deadline: float
     many: list[Msg] | None = None
 
 
@@ -103,6 +110,7 @@ class Connection:
         self._inbox = ""
         self._tokens = itertools.count()
         self._waiting: dict[str, _Waiting] = {}
+        self._background = Background()
         self._errors: list[Exception] = []
         self._violation: tuple[float, str] = (0.0, "")
         self.events = _Events()
@@ -138,6 +146,7 @@ class Connection:
                 ping_interval=8,
                 max_outstanding_pings=2,  # a half-open connection is noticed within 20 s
                 pending_size=64 << 20,
+                skip_subject_validation=True,  # names are checked where they come in
                 **credentials,  # type: ignore[arg-type]
             )
         except Exception as error:
@@ -147,6 +156,7 @@ class Connection:
         self._client.options["reconnect_time_wait"] = 0.25
         self._inbox = self._client.new_inbox()
         await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer, pending_bytes_limit=1 << 30)
+        self._background.spawn(self._end_overdue())
         self._up.set()
 
     def _connect_error(self, error: Exception) -> exception.Error:
@@ -160,6 +170,7 @@ class Connection:
 
     async def close(self) -> None:
         """Send what is buffered, and close. Doing it twice is harmless."""
+        await self._background.cancel()
         with contextlib.suppress(Exception):  # a connection that broke cannot be closed any better
             await asyncio.wait_for(self._client.close(), 2)
 
@@ -251,6 +262,8 @@ class Connection:
             raise Unanswered(str(error)) from error
 
     def _check_size(self, body: bytes, headers: Headers | None) -> None:
+        if len(body) < self._client.max_payload // 2:
+            return  # our own headers are a few KiB at most
         size = len(body) + sum(len(k) + 4 * len(v) + 4 for k, v in (headers or {}).items())
         if size + HEADROOM > self._client.max_payload:
             raise exception.RequestSizeError(
@@ -278,22 +291,31 @@ class Connection:
     ) -> Msg:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        await self._wait_up(deadline)
+        if not self._up.is_set() or self.is_closed:
+            await self._wait_up(deadline)
         self._check_size(body, headers)
         token = str(next(self._tokens))
-        waiting = self._waiting[token] = _Waiting(loop.create_future(), many)
-        began = time.monotonic()
+        future: asyncio.Future[Msg] = loop.create_future()
+        self._waiting[token] = _Waiting(future, deadline, many)
         try:
             await self._client.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
-            async with asyncio.timeout_at(deadline):
-                return await waiting.future
-        except TimeoutError:
-            self._raise_violation(began)
+            return await future
+        except _Overdue:
+            self._raise_violation(time.monotonic() - timeout)
             raise Unanswered(f"no answer within {timeout:g} s") from None
         except nats.errors.Error as error:
             raise Unanswered(str(error)) from error
         finally:
             del self._waiting[token]
+
+    async def _end_overdue(self) -> None:
+        """Give up on requests whose time is over: one task for all of them, because a timer each costs more."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_OVERDUE_CHECK)
+            now = loop.time()
+            for waiting in [w for w in self._waiting.values() if w.deadline < now and not w.future.done()]:
+                waiting.future.set_exception(_Overdue())
 
     def _raise_violation(self, since: float) -> None:
         when, text = self._violation

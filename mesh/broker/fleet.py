@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 
 from mesh.broker.bucket import Bucket
 from mesh.broker.connection import Connection
 from mesh.exception import Error
-from mesh.protocol import escape, unescape
+from mesh.protocol import escape, parse_time, unescape
 from mesh.records import Attempt, AttemptLog, WorkerRecord
 from mesh.topology import Topology
 
 WORKER_TTL = 30.0  # seconds a worker is taken as alive after it last said so
 RENEW_WORKER = 10.0  # seconds between two such signs
+_FRESH = 2.0  # seconds a list of workers is good enough for a hint
 APP_TTL = 30.0  # the same for the client of a single run
 RENEW_APP = 10.0
 
@@ -22,14 +25,30 @@ class Workers:
 
     def __init__(self, connection: Connection, topology: Topology) -> None:
         self._bucket = Bucket(connection, topology, "workers")
+        self._recent: tuple[float, list[WorkerRecord]] = (0.0, [])
+        self._reading = asyncio.Lock()
 
     async def announce(self, record: WorkerRecord) -> int:
         """Say that a worker is alive, and what it does. Returns the entry's sequence."""
         return await self._bucket.put(record.worker, record.encode(), ttl=WORKER_TTL)
 
+    async def server_time(self, worker: str) -> float:
+        """When a worker last announced itself, by the server's clock; its own clock where that is not known."""
+        found = await self._bucket.get(worker)
+        return parse_time(found.time) if found is not None else time.time()
+
     async def withdraw(self, sequence: int) -> None:
         """Say that it has ended."""
         await self._bucket.delete(sequence)
+
+    async def recent(self) -> list[WorkerRecord]:
+        """The same as `all`, perhaps some seconds old: for hints, of which thousands may be asked for at once."""
+        async with self._reading:
+            when, records = self._recent
+            if time.monotonic() - when > _FRESH:
+                records = await self.all()
+                self._recent = (time.monotonic(), records)
+            return records
 
     async def all(self) -> list[WorkerRecord]:
         """The workers that are alive, by name. Records of another version of mesh are left out."""

@@ -36,7 +36,8 @@ class Lease:
     Attributes:
         consumer: name of the durable it came from.
         delivery: how often it has been delivered, this time included.
-        sequence: of the message in the stream. pending: inputs still waiting in the pool when this one was delivered.
+        sequence: of the message in the stream. stored: when it got there, in seconds since 1970 by the server's clock.
+        pending: inputs still waiting in the pool when this one was delivered.
         address: whose input it is; `None` where the subject is no call's.
         input: decoded, or `None` where `refusal` says why it cannot be run.
         renewed: when the lease was last known to be good, by the monotonic clock.
@@ -48,6 +49,7 @@ class Lease:
     reply: str
     delivery: int
     sequence: int
+    stored: float
     pending: int
     headers: Headers
     body: bytes
@@ -200,7 +202,7 @@ class Puller:
         stream_and_on = message.reply.split(".")[2:]
         if len(stream_and_on) > 7:  # version 2 of the ack subject has the domain and the account first
             stream_and_on = stream_and_on[2:]
-        _, consumer, delivery, sequence, _, _, pending = stream_and_on[:7]
+        _, consumer, delivery, sequence, _, stored, pending = stream_and_on[:7]
         lease = Lease(
             connection=self._connection,
             subject=message.subject,
@@ -208,6 +210,7 @@ class Puller:
             reply=message.reply,
             delivery=int(delivery),
             sequence=int(sequence),
+            stored=int(stored) / 1e9,
             pending=int(pending),
             headers=message.headers or {},
             body=message.data,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nats.aio.msg import Msg
@@ -18,8 +17,9 @@ from mesh.exception import Error
 from mesh.protocol import Result, token_of
 from mesh.topology import Topology
 
-REREAD = 15.0  # seconds after which a waiter looks for itself, whatever was pushed: core messages can get lost
+REREAD = 15.0  # seconds after which everything waited for is read again: core messages can get lost
 _LINGER = 5.0  # seconds a subscription is kept after the last waiter, so that calls in a row share it
+_TICK = 0.5
 
 
 @dataclass(slots=True)
@@ -29,6 +29,33 @@ class _Subject:
     waiters: int = 0
     subscription: Subscription | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Waiter:
+    """Somebody who waits for one result. Has begun to listen when it is made; close it in a `finally`."""
+
+    __slots__ = ("_results", "future", "key", "look_at", "subject")
+
+    def __init__(self, results: Results, key: str, subject: str, future: asyncio.Future[Result | None]) -> None:
+        self.key = key
+        self.subject = subject
+        self.future = future
+        self.look_at = float("inf")
+        self._results = results
+
+    async def wait(self, pause: float) -> Result | None:
+        """The result; `None` after about `pause` seconds, when it is time to look for oneself.
+
+        One clock serves all waiters: a timer for each would cost more than the rest of a short wait.
+        """
+        loop = asyncio.get_running_loop()
+        self.look_at = loop.time() + pause
+        if self.future.done() and self.future.result() is None:
+            self.future = loop.create_future()
+        return await self.future
+
+    def close(self) -> None:
+        self._results.release(self)
 
 
 class Results:
@@ -42,11 +69,12 @@ class Results:
         self._connection = connection
         self._topology = topology
         self._token = token
+        self._own = topology.done_filter(token)
         self._bucket = Bucket(connection, topology, "results")
-        self._waiting: dict[str, list[asyncio.Future[Result]]] = {}
+        self._waiting: dict[str, list[Waiter]] = {}
         self._subjects: dict[str, _Subject] = {}
         self._background = Background()
-        self._rereading = False
+        self._ticking = False
         connection.events.reconnected.append(lambda: self._background.spawn(self._reread()))
 
     async def close(self) -> None:
@@ -89,46 +117,45 @@ class Results:
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def waiting(self, key: str) -> AsyncGenerator[asyncio.Future[Result]]:
-        """A future that resolves when the result is pushed. Listening has begun when this yields: submit or read then.
-
-        Pushes can get lost, so what is waited for is also read again at times.
-        """
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        subject = self._subject_for(key)
-        self._waiting.setdefault(key, []).append(future)
+    async def expect(self, key: str) -> Waiter:
+        """Begin to listen for a result: submit the call, or read its result, after this."""
+        future: asyncio.Future[Result | None] = asyncio.get_running_loop().create_future()
+        waiter = Waiter(self, key, self._subject_for(key), future)
+        self._waiting.setdefault(key, []).append(waiter)
+        entry = self._subjects.setdefault(waiter.subject, _Subject())
+        entry.waiters += 1
         try:
-            await self._listen(subject)
-            if not self._rereading:
-                self._rereading = True
-                self._background.spawn(self._reread_regularly())
-            yield future
-        finally:
-            future.cancel()
-            self._waiting[key].remove(future)
-            if not self._waiting[key]:
-                del self._waiting[key]
-            self._unlisten(subject)
+            if entry.subscription is None:
+                await self._listen(waiter.subject, entry)
+        except BaseException:
+            self.release(waiter)
+            raise
+        if not self._ticking:
+            self._ticking = True
+            self._background.spawn(self._tick())
+        return waiter
+
+    def release(self, waiter: Waiter) -> None:
+        """Nobody waits here any more."""
+        waiters = self._waiting[waiter.key]
+        waiters.remove(waiter)
+        if not waiters:
+            del self._waiting[waiter.key]
+        entry = self._subjects[waiter.subject]
+        entry.waiters -= 1
+        if not entry.waiters:
+            asyncio.get_running_loop().call_later(_LINGER, self._drop, waiter.subject, entry)
 
     def _subject_for(self, key: str) -> str:
         call, _, index = key.partition(".")
         if token_of(call) == self._token:
-            return self._topology.done_filter(self._token)
+            return self._own
         return self._topology.done_subject(call, index)
 
-    async def _listen(self, subject: str) -> None:
-        entry = self._subjects.setdefault(subject, _Subject())
-        entry.waiters += 1
+    async def _listen(self, subject: str, entry: _Subject) -> None:
         async with entry.lock:
             if entry.subscription is None:
                 entry.subscription = await self._connection.subscribe(subject, self._on_done)
-
-    def _unlisten(self, subject: str) -> None:
-        entry = self._subjects[subject]
-        entry.waiters -= 1
-        if not entry.waiters:
-            asyncio.get_running_loop().call_later(_LINGER, self._drop, subject, entry)
 
     def _drop(self, subject: str, entry: _Subject) -> None:
         if not entry.waiters and self._subjects.get(subject) is entry and entry.subscription is not None:
@@ -141,7 +168,7 @@ class Results:
         self._resolve(f"{head}{token}.{index}", message.headers or {}, message.data)
 
     def _resolve(self, key: str, headers: Mapping[str, str], body: bytes) -> None:
-        waiting = [future for future in self._waiting.get(key, ()) if not future.done()]
+        waiting = [waiter.future for waiter in self._waiting.get(key, ()) if not waiter.future.done()]
         if not waiting:
             return  # not even parsed
         try:
@@ -153,15 +180,24 @@ class Results:
             for future in waiting:
                 future.set_result(result)
 
-    async def _reread_regularly(self) -> None:
+    async def _tick(self) -> None:
+        """The waiters' clock: wakes those whose time has come, and reads for all of them now and then."""
+        loop = asyncio.get_running_loop()
+        reread_at = loop.time() + REREAD
         while self._waiting:
-            await asyncio.sleep(REREAD * random.uniform(0.8, 1.2))
-            await self._reread()
-        self._rereading = False
+            await asyncio.sleep(_TICK)
+            now = loop.time()
+            for waiter in [w for waiters in self._waiting.values() for w in waiters if w.look_at <= now]:
+                if not waiter.future.done():
+                    waiter.future.set_result(None)
+            if now >= reread_at:
+                await self._reread()
+                reread_at = now + REREAD * random.uniform(0.8, 1.2)
+        self._ticking = False
 
     async def _reread(self) -> None:
         """Read what is waited for, in case a push was missed."""
-        keys = [key for key, futures in self._waiting.items() if not all(f.done() for f in futures)]
+        keys = [key for key, waiters in self._waiting.items() if not all(w.future.done() for w in waiters)]
         try:
             for key, stored in (await self._bucket.get_many(keys)).items():
                 self._resolve(key, stored.headers, stored.body)
