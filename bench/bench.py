@@ -208,7 +208,8 @@ def main() -> None:
         print(json.dumps({"sync": options.sync, "rows": rows}))
         return
     cpu = os.cpu_count()
-    print(f"sync {options.sync} · {options.rounds} rounds of {options.calls} calls · {platform.python_version()}, {cpu} cores")
+    python = platform.python_version()
+    print(f"sync {options.sync} · {options.rounds} rounds of {options.calls} calls · Python {python}, {cpu} cores")
     for row in rows:
         ratio = f"{row['ratio']:.2f} × raw" if row["ratio"] else ""
         print(f"{row['what']:<28} {row['median']:>10,.2f}   ({row['low']:,.2f} – {row['high']:,.2f})   {ratio}")

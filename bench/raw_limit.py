@@ -79,10 +79,14 @@ class RawClient:
         self.numbers = itertools.count()
 
     async def prepare(self) -> None:
-        calls = StreamConfig(name="CALLS", subjects=["calls.>"], retention=RetentionPolicy.WORK_QUEUE, allow_direct=True)
+        calls = StreamConfig(
+            name="CALLS", subjects=["calls.>"], retention=RetentionPolicy.WORK_QUEUE, allow_direct=True
+        )
         await self.js.add_stream(calls)
         await self.js.create_key_value(KeyValueConfig(bucket="results", ttl=7 * 86_400, direct=True))
-        consumer = ConsumerConfig(durable_name="worker", ack_policy=AckPolicy.EXPLICIT, ack_wait=30, max_ack_pending=5000)
+        consumer = ConsumerConfig(
+            durable_name="worker", ack_policy=AckPolicy.EXPLICIT, ack_wait=30, max_ack_pending=5000
+        )
         await self.js.add_consumer("CALLS", consumer)
         await self.client.subscribe("$KV.results.*", cb=self._on_result)
 
@@ -119,7 +123,7 @@ async def measure(url: str, calls: int) -> dict[str, float]:
     client = await connect(url)
     raw = RawClient(client)
     await raw.prepare()
-    process = subprocess.Popen([sys.executable, __file__, "--worker", url])
+    process = subprocess.Popen([sys.executable, __file__, "--worker", url])  # noqa: ASYNC220 - once, before measuring
     try:
         await raw.round_trips(50)  # until the worker is there
         taken = sorted(await raw.round_trips(300))

@@ -1,4 +1,4 @@
-"""A small app: deploy it with `mesh deploy examples/word_count.py`, or run it with `mesh run examples/word_count.py`."""
+"""A small app: `mesh deploy examples/word_count.py`, or `mesh run examples/word_count.py --text "…"`."""
 
 import mesh
 

@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import json
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +85,7 @@ class Stored:
 class _Waiting:
     """A request under way; `many` collects answers until the one that ends them."""
 
+    subject: str
     future: asyncio.Future[Msg]
     deadline: float
     many: list[Msg] | None = None
@@ -112,7 +112,6 @@ class Connection:
         self._waiting: dict[str, _Waiting] = {}
         self._background = Background()
         self._errors: list[Exception] = []
-        self._violation: tuple[float, str] = (0.0, "")
         self.events = _Events()
 
     # --- opening and closing -----------------------------------------------------------------------------------------
@@ -197,12 +196,20 @@ class Connection:
     async def _on_error(self, error: Exception) -> None:
         text = str(error)
         if "permissions violation" in text.lower():
-            self._violation = (time.monotonic(), text.removeprefix("nats: "))
             logger.warning("%s", text)
+            self._refuse(text.removeprefix("nats: "))
         elif not self._up.is_set() and len(self._errors) < 4:
             self._errors.append(error)
         elif self._up.is_set():
             logger.debug("%r", error)
+
+    def _refuse(self, violation: str) -> None:
+        """End the requests that the server did not allow: it says so here, and never answers them."""
+        for waiting in self._waiting.values():
+            if f'"{waiting.subject.lower()}"' in violation.lower() and not waiting.future.done():
+                waiting.future.set_exception(
+                    exception.PermissionDeniedError(f"the server does not allow it: {violation}")
+                )
 
     async def _on_disconnected(self) -> None:
         if not self._up.is_set():
@@ -296,12 +303,11 @@ class Connection:
         self._check_size(body, headers)
         token = str(next(self._tokens))
         future: asyncio.Future[Msg] = loop.create_future()
-        self._waiting[token] = _Waiting(future, deadline, many)
+        self._waiting[token] = _Waiting(subject, future, deadline, many)
         try:
             await self._client.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
             return await future
         except _Overdue:
-            self._raise_violation(time.monotonic() - timeout)
             raise Unanswered(f"no answer within {timeout:g} s") from None
         except nats.errors.Error as error:
             raise Unanswered(str(error)) from error
@@ -316,11 +322,6 @@ class Connection:
             now = loop.time()
             for waiting in [w for w in self._waiting.values() if w.deadline < now and not w.future.done()]:
                 waiting.future.set_exception(_Overdue())
-
-    def _raise_violation(self, since: float) -> None:
-        when, text = self._violation
-        if when >= since:
-            raise exception.PermissionDeniedError(f"the server does not allow this: {text}")
 
     async def request(
         self, subject: str, body: bytes = b"", headers: Headers | None = None, *, timeout: float = REQUEST_TIMEOUT
