@@ -124,6 +124,11 @@ def test_a_length_that_no_frame_has_is_refused_before_it_is_waited_for() -> None
         list(Buffer().feed(b"GET / HTTP/1.1\r\n"))
 
 
+def test_a_frame_of_nothing_is_refused_as_soon_as_it_is_announced() -> None:
+    with pytest.raises(BrokenFrameError, match="not a frame"):
+        list(Buffer().feed(b"\x00" * HEADER_SIZE))
+
+
 # --- cutting a stream into frames ------------------------------------------------------------------------------------
 
 FRAMES = [frame for frame, _ in GOLDEN]

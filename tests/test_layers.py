@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,9 +41,14 @@ def part(module: str) -> str:
     return module.partition(".")[0]
 
 
+@functools.cache
+def tree_of(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def imports(source: str, *, types_too: bool = False) -> Iterator[str]:
     """What a source imports, at its top or inside functions; what only type checkers see, if asked."""
-    todo: list[ast.AST] = [ast.parse(source)]
+    todo: list[ast.AST] = [tree_of(source)]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types_too:
@@ -82,7 +88,7 @@ def users(module: str, names: set[str]) -> set[str]:
         taken = {i.removeprefix(f"mesh.{module}.") for i in imports(source) if i.startswith(f"mesh.{module}.")}
         looked_up = {
             node.attr
-            for node in ast.walk(ast.parse(source))
+            for node in ast.walk(tree_of(source))
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (module, f"mesh.{module}")
         }
         if (taken | looked_up) & names:
@@ -156,7 +162,7 @@ def test_only_settings_read_the_environment() -> None:
         for name, path in MODULES.items()
         if any(
             isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")
-            for n in ast.walk(ast.parse(path.read_text()))
+            for n in ast.walk(tree_of(path.read_text()))
         )
     }
     assert reading == {"config", "container", "up"}, (

@@ -281,6 +281,11 @@ def test_nothing_in_an_error_can_forge_a_header(text: str) -> None:
     line.encode()
 
 
+@pytest.mark.parametrize(("length", "shown"), [(120, "x" * 120), (121, "x" * 119 + "…")])
+def test_a_preview_that_was_cut_says_so(length: int, shown: str) -> None:
+    assert Input(address=ADDRESS, body=b"", preview="x" * length).headers()["Mesh-Preview"] == shown
+
+
 @given(ANY_TEXT)
 def test_a_preview_is_one_printable_line_of_120_characters(text: str) -> None:
     line = Input(address=ADDRESS, body=b"", preview=text).headers().get("Mesh-Preview", "")
@@ -463,6 +468,7 @@ def test_call_ids_sort_by_the_time_they_were_made(monkeypatch: pytest.MonkeyPatc
         "fc-" + "I" * 26,  # I, L, O and U are no Crockford characters
         "fc-" + "U" * 26,
         "fc-" + "*" * 26,
+        "fc-*" + CALL[4:],
         CALL[:-1] + "\n",
     ],
 )

@@ -366,7 +366,8 @@ def test_a_log_of_days_of_retries_stays_small() -> None:
 
 def test_what_was_folded_counts_nothing_a_second_time() -> None:
     log = log_of(*[FAILED] * 60)
-    assert log.with_attempt(3, FAILED) is log
+    assert log.folded == 10
+    assert log.with_attempt(3, FAILED) is log.with_attempt(10, FAILED) is log
     assert log.tries == 60
     assert log.crashes(61) == []
 

@@ -176,6 +176,10 @@ def test_what_would_come_back_as_something_else_is_pickled(value: object) -> Non
 
 
 def test_nesting_that_everybody_can_read_is_json_still() -> None:
+    value: Any = 1
+    for levels in range(1, 70):
+        value = {"deeper": value}
+        assert (encode(value)[0] is Format.JSON) == (levels <= 65)
     assert encode(nest(64))[0] is Format.JSON
 
 
@@ -268,7 +272,9 @@ def test_keywords_that_are_no_text_are_refused() -> None:
         decode_arguments(Format.MSGPACK, msgpack.packb({"kwargs": {1: 2}}))
 
 
-def test_a_preview_is_shown_of_json_only() -> None:
+def test_a_preview_is_made_of_long_arguments_in_json_only() -> None:
+    assert preview(Format.JSON, b"x" * 120) == ""  # the message itself shows it
+    assert preview(Format.JSON, b"x" * 121) == "x" * 121
     assert preview(Format.JSON, b"x" * 10_000) == "x" * 480
     assert preview(Format.JSON, b"x" * 400 + b"\xff") == "x" * 400 + "�"
     assert preview(Format.MSGPACK, msgpack.packb("x" * 400)) == ""
@@ -291,6 +297,11 @@ class BadRepr:
 
     def __reduce__(self) -> Any:
         raise TypeError("not me")
+
+
+class LongRepr(BadRepr):
+    def __repr__(self) -> str:
+        return "x" * 101
 
 
 def closure_over(lock: object) -> Callable[[], object]:
@@ -317,6 +328,7 @@ def closure_over_nothing_yet() -> Callable[[], object]:
         ((x for x in "ab"), "<generator object"),
         (closure_over(LOCK), "at its variable 'lock': <unlocked _thread.lock"),
         (closure_over_nothing_yet(), "at its variable 'lock': <unlocked _thread.lock"),
+        (LongRepr(), "x" * 99 + "… cannot be pickled: not me"),
         (BadRepr(), "<BadRepr, whose repr raises RuntimeError> cannot be pickled: not me"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -219,7 +220,15 @@ def test_anything_else_is_no_number_of_retries(value: object) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["* * * * *", "0 9 * * 1-5", "*/15 0,12 1 jan,JUL mon", "59 23 31 12 7", "5/10 * * * *", "0 0 * 1-3/2 sun-sat"],
+    [
+        "* * * * *",
+        "0 9 * * 1-5",
+        "*/15 0,12 1 jan-DEC mon",
+        "59 23 31 12 7",
+        "5/10 * * * *",
+        "0 0 1 1-3/2 sun-sat",
+        "*/59 */23 */31 */12 */1",
+    ],
 )
 def test_a_five_field_cron_line_is_a_schedule(line: str) -> None:
     assert Cron(line).cron_string == line
@@ -297,10 +306,29 @@ def test_a_period_takes_keywords_only() -> None:
 
 
 def test_a_function_has_modals_defaults() -> None:
-    spec = FunctionSpec(name="f")
-    assert (spec.timeout, spec.startup_timeout, spec.retries) == (300.0, None, None)
-    assert (spec.min_containers, spec.max_containers, spec.buffer_containers) == (0, None, 0)
-    assert (spec.scaledown_window, spec.single_use_containers, spec.keep_result) == (60.0, False, True)
+    """Records leave out what is a default, so to change one changes functions that are deployed."""
+    assert dataclasses.asdict(FunctionSpec(name="f")) == {
+        "name": "f",
+        "timeout": 300.0,
+        "startup_timeout": None,
+        "retries": None,
+        "min_containers": 0,
+        "max_containers": None,
+        "buffer_containers": 0,
+        "scaledown_window": 60.0,
+        "single_use_containers": False,
+        "cpu": None,
+        "memory": None,
+        "result_ttl": None,
+        "keep_result": True,
+        "detach": False,
+        "is_generator": False,
+        "env": {},
+    }
+
+
+def test_a_pool_may_have_exactly_so_many_containers() -> None:
+    assert FunctionSpec(name="f", min_containers=2, max_containers=2).max_containers == 2
 
 
 @pytest.mark.parametrize(

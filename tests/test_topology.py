@@ -287,6 +287,23 @@ def test_a_deployment_is_republished_where_workers_listen() -> None:
     assert functions["allow_atomic"] is True  # records and head come together
 
 
+def test_a_plain_bucket_and_an_object_store_are_configured_so() -> None:
+    base = {
+        "storage": "file",
+        "retention": "limits",
+        "num_replicas": 1,
+        "max_bytes": -1,
+        "metadata": {"mesh.schema": "1", "mesh.environment": "main"},
+        "discard": "new",
+        "allow_direct": True,
+        "allow_rollup_hdrs": True,
+    }
+    bucket = {"name": "KV_mesh_meta", "subjects": ["$KV.mesh_meta.>"], "max_msgs_per_subject": 1}
+    objects = {"name": "OBJ_mesh_code", "subjects": ["$O.mesh_code.C.>", "$O.mesh_code.M.>"]}
+    assert config_of("KV_mesh_meta") == base | bucket
+    assert config_of("OBJ_mesh_code") == base | objects
+
+
 @pytest.mark.parametrize("name", ["workers", "slots", "apps"])
 def test_what_lives_as_long_as_it_is_renewed_may_expire_by_key(name: str) -> None:
     bucket = config_of(f"KV_mesh_{name}")
