@@ -126,7 +126,9 @@ class Settings:
     logs_size: int = _setting(0, parse_size, "bytes reserved for logs; 0: a twentieth of what is free")
     dead_size: int = _setting(0, parse_size, "bytes reserved for dead letters; 0: a twentieth of what is free")
     replicas: int = _setting(1, _count(1), "copies of every stream, on a cluster; used by init")
-    sync: str = _setting("always", _one_of("always", "1s", "2m"), "when `mesh up` writes to disk: before it says ok, …")
+    sync: str = _setting(
+        "always", _one_of("always", "1s", "2m"), "when `mesh up` writes to disk: `always` is before it confirms"
+    )
     nats_server: str = _setting("", _text, "path of the nats-server program; empty: the one installed with mesh")
     data_dir: Path = _setting(lambda: _home("XDG_DATA_HOME", ".local/share"), _path, "what `mesh up` keeps")
     cache_dir: Path = _setting(lambda: _home("XDG_CACHE_HOME", ".cache"), _path, "unpacked code; safe to delete")

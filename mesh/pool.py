@@ -299,6 +299,7 @@ class Pool:
             body=input.body,
             keep_result=input.keep_result,
         )
+        held.about = self._about()
         logger.debug("→ %s %s try %d on %s", input.address.key, self.key.path, work.attempt, container.name)
         container.run(Assignment(work, held, self.record.spec.timeout))
         if self.record.spec.single_use_containers:
@@ -454,7 +455,7 @@ class Pool:
 
     async def _settled(self, held: Held, execution: Execution) -> None:
         try:
-            verdict = await self._worker.settler.settle(held, execution, self._about())
+            verdict = await self._worker.settler.settle(held, execution, held.about or self._about())
         finally:
             self._worker.release(held)
         _report(held, self.key, verdict)

@@ -69,25 +69,6 @@ class Execution:
     delay: float = 0.0
 
 
-@dataclass(slots=True, eq=False)
-class Held:
-    """An input a worker holds: its lease, and what is known of earlier deliveries.
-
-    Attributes:
-        since: monotonic time at which it came. marked: that it begins is written down, where that is needed.
-    """
-
-    lease: Lease
-    log: AttemptLog = field(default_factory=AttemptLog)
-    since: float = field(default_factory=time.monotonic)
-    marked: bool = False
-
-    @property
-    def key(self) -> str:
-        assert self.lease.address is not None
-        return self.lease.address.key
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
     """What the result says of who ran it."""
@@ -98,6 +79,27 @@ class About:
     worker: str
     spec: FunctionSpec
     crash_budget: int
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """An input a worker holds: its lease, and what is known of earlier deliveries.
+
+    Attributes:
+        since: monotonic time at which it came. marked: that it begins is written down, where that is needed.
+        about: by which version it is run, and under which options; set when it is given to a container.
+    """
+
+    lease: Lease
+    log: AttemptLog = field(default_factory=AttemptLog)
+    since: float = field(default_factory=time.monotonic)
+    marked: bool = False
+    about: About | None = None
+
+    @property
+    def key(self) -> str:
+        assert self.lease.address is not None
+        return self.lease.address.key
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,9 @@ def test_a_redeploy_with_calls_queued_and_running(own_mesh: Callable[..., Mesh])
     assert FunctionCall.gather(*running) == [1] * 10
     assert FunctionCall.gather(*queued) == [2] * 1000
     assert mesh.ledger().count() == 1010
+    old, new = running[0].object_id, queued[0].object_id
+    ran = mesh.ask(lambda broker: broker.results.get_many([f"{old}.0", f"{new}.0"]))
+    assert ran[f"{old}.0"].code != ran[f"{new}.0"].code  # each says which version it ran
 
 
 def test_an_unchanged_deploy_is_no_new_version(own_mesh: Callable[..., Mesh]) -> None:

@@ -78,7 +78,7 @@ def print_json(value: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], empty: str) -> None:
-    """A table on a terminal; in a pipe one line a row, cells between tabs, without a heading."""
+    """A table on a terminal, without its empty columns; in a pipe one line a row, all cells between tabs, no heading."""
     listed = list(rows)
     if not sys.stdout.isatty():
         for row in listed:
@@ -88,9 +88,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], empty: st
     if not listed:
         console.print(f"[dim]{empty}[/]")
         return
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    shown = [place for place in range(len(columns)) if any(row[place] for row in listed)]
+    table = Table(*(columns[place] for place in shown), box=None, pad_edge=False, header_style="bold")
     for row in listed:
-        table.add_row(*map(escape_markup, row))
+        table.add_row(*(escape_markup(row[place]) for place in shown))
     console.print(table)
 
 
