@@ -78,7 +78,7 @@ def print_json(value: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], empty: str) -> None:
-    """A table on a terminal, without its empty columns; in a pipe one line a row, all cells between tabs, no heading."""
+    """A table on a terminal, without its empty columns; in a pipe one line a row, cells between tabs, no heading."""
     listed = list(rows)
     if not sys.stdout.isatty():
         for row in listed:
