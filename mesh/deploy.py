@@ -126,6 +126,8 @@ def find_source(entry: str) -> Source:
     if name is None:
         return Source("", None, {})
     path = getattr(sys.modules["__main__"], "__file__", None)
+    if "." in name and sys.modules["__main__"].__spec__ is None:
+        raise InvalidError(f"{path} cannot be imported by its name, because that holds a dot: rename it")
     # Under `python -m pkg.mod` the module can be found by its name; a script's file name may be anything.
     return _source({name: None if "." in name or path is None else Path(path).resolve()})
 

@@ -21,9 +21,10 @@ from mesh.container import Assignment, Container, Exit
 from mesh.examine import Finding
 from mesh.exception import Error, NotFoundError
 from mesh.frames import Outcome, Start, Work
+from mesh.judge import About, Again, Execution, Final, Kind
 from mesh.protocol import Failure, Format, State, failure
 from mesh.records import FunctionRecord
-from mesh.settle import About, Again, Execution, Final, Held, Kind
+from mesh.settle import Held
 from mesh.topology import SHARED_POOL
 
 if TYPE_CHECKING:

@@ -40,15 +40,17 @@ _MAX_DEPTH = 64  # of nested lists and dicts in JSON and msgpack; deeper ones (a
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def _fits(value: object, keys: frozenset[type], leaves: frozenset[type], depth: int = 0) -> bool:
-    """Whether `value` consists of exactly these types (besides lists and dicts), and no deeper than allowed."""
+def _fits(value: object, keys: frozenset[type], leaves: frozenset[type], seen: set[int], depth: int = 0) -> bool:
+    """Whether `value` consists of exactly these types (besides lists and dicts), no deeper than allowed, and is a tree:
+    a list that is in it twice would come back as two."""
     kind = type(value)
     if kind in leaves:
         return True
     if kind is float:
         return math.isfinite(cast(float, value))
-    if depth > _MAX_DEPTH or (kind is not list and kind is not dict):
+    if (kind is not list and kind is not dict) or depth > _MAX_DEPTH or id(value) in seen:
         return False
+    seen.add(id(value))
     parts = cast("list[object]", value)
     if kind is dict:
         for key in cast("dict[object, object]", value):
@@ -56,7 +58,7 @@ def _fits(value: object, keys: frozenset[type], leaves: frozenset[type], depth: 
                 return False
         parts = list(cast("dict[object, object]", value).values())
     for part in parts:  # noqa: SIM110 - a generator for each list costs more than most lists
-        if type(part) not in leaves and not _fits(part, keys, leaves, depth + 1):
+        if type(part) not in leaves and not _fits(part, keys, leaves, seen, depth + 1):
             return False
     return True
 
@@ -77,12 +79,12 @@ def encode(value: object, main_as: str | None = None) -> tuple[Format, bytes]:
     Raises:
         SerializationError: it cannot be pickled; the text says which part of it.
     """
-    if _fits(value, _JSON_KEYS, _JSON_LEAVES):
+    if _fits(value, _JSON_KEYS, _JSON_LEAVES, set()):
         try:
             return Format.JSON, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
         except ValueError:  # lone surrogates, or a number of more than 4,300 digits
             pass
-    elif _fits(value, _MSGPACK_KEYS, _MSGPACK_LEAVES):
+    elif _fits(value, _MSGPACK_KEYS, _MSGPACK_LEAVES, set()):
         try:
             return Format.MSGPACK, msgpack.packb(value)
         except (ValueError, OverflowError):  # surrogates, or a number of more than 64 bits
@@ -284,17 +286,19 @@ _FIELDS: tuple[tuple[type[BaseException], tuple[str, ...]], ...] = (
     (AttributeError, ("name",)),
 )
 
-_Parts = tuple[dict[str, Any], dict[str, Any], tuple[BaseException | None, BaseException | None, bool]]
+_Chain = tuple[BaseException | None, BaseException | None, bool]  # cause, context, whether the context is hidden
+_Parts = tuple[dict[str, Any], dict[str, Any], _Chain]
 
 
 def _reduce_exception(error: BaseException) -> Any:
     cls = type(error)
+    chain = (error.__cause__, error.__context__, error.__suppress_context__)
     if any(isinstance(reduce, types.FunctionType) for reduce in (cls.__reduce__, cls.__reduce_ex__)):
-        return error.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # the class says itself how it travels
+        own = error.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # the class says itself how it travels
+        return own if isinstance(own, str) or not any(chain) else (_chained, (own[0], own[1], own[2:3], chain))
     names = next((names for kind, names in _FIELDS if isinstance(error, kind)), ())
     fields = {name: value for name in names if (value := getattr(error, name)) is not None}
     state = {name: value for name, value in error.__dict__.items() if name != "__traceback__"}
-    chain = (error.__cause__, error.__context__, error.__suppress_context__)
     # Its parts come after the exception itself, so that they may refer to it.
     return _new_exception, (cls, error.args), (fields, state, chain), None, None, _fill_exception
 
@@ -303,16 +307,33 @@ def _new_exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseExcep
     """The exception again. A user's own `__init__` is not called: it may not take what `args` holds."""
     own_init = isinstance(cls.__init__, types.FunctionType)
     error = cls.__new__(cls, *args) if own_init else cls(*args)
-    error.args = args
+    object.__setattr__(error, "args", args)  # the class may be a frozen dataclass
+    return error
+
+
+def _chained(
+    make: Callable[..., BaseException], args: tuple[Any, ...], state: tuple[Any, ...], chain: _Chain
+) -> BaseException:
+    """The exception that its class's own `__reduce__` describes, with its cause and context."""
+    error = make(*args)
+    if state and state[0] is not None:
+        setter = getattr(error, "__setstate__", None)
+        setter(state[0]) if setter else error.__dict__.update(state[0])
+    _set_chain(error, chain)
     return error
 
 
 def _fill_exception(error: BaseException, parts: _Parts) -> None:
     fields, state, chain = parts
     for name, value in fields.items():
-        setattr(error, name, value)
+        object.__setattr__(error, name, value)
     error.__dict__.update(state)
-    error.__cause__, error.__context__, error.__suppress_context__ = chain
+    _set_chain(error, chain)
+
+
+def _set_chain(error: BaseException, chain: _Chain) -> None:
+    for name, value in zip(("__cause__", "__context__", "__suppress_context__"), chain, strict=True):
+        object.__setattr__(error, name, value)
 
 
 def safe_str(value: object) -> str:
@@ -369,7 +390,7 @@ def unpack_exception(failure: Failure, *, unpickle: bool = True) -> Exception:
     """The exception to raise at the caller: the user's own, or what stands in for it, with the remote traceback.
 
     Args:
-        unpickle: whether the failure's pickle may be read; without it every failure is an ExecutionError.
+        unpickle: whether the failure's pickle may be read; without it every failure of the user's is an ExecutionError.
     """
     error = _own_error(failure) or (_user_error(failure) if unpickle and failure.pickle else None)
     if error is None:

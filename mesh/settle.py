@@ -13,20 +13,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TypeVar
 
 from mesh.broker import Broker, Headers, Lease, NoResponders, Stored, StoreError, Unanswered
-from mesh.exception import (
-    FunctionTimeoutError,
-    InternalFailure,
-    PermissionDeniedError,
-    RemoteError,
-    TimeoutError,
-)
-from mesh.protocol import Address, Failure, Format, Result, State, failure, format_time
+from mesh.exception import PermissionDeniedError
+from mesh.judge import About, Again, Execution, Final, judge
+from mesh.protocol import Address, Result, State, format_time
 from mesh.records import Attempt, AttemptLog, Ending
-from mesh.spec import FunctionSpec
 
 logger = logging.getLogger("mesh.worker")
 
@@ -34,51 +27,6 @@ T = TypeVar("T")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between tries to reach the store
 _VALUELESS_TTL = 3600.0  # seconds a success is kept whose value nobody wants
-
-
-class Kind(StrEnum):
-    """What an execution came to."""
-
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"  # the user's code raised
-    TIMED_OUT = "timed_out"
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"  # its deadline had passed before it was started
-    REFUSED = "refused"  # it cannot be run, now or later
-    CRASHED = "crashed"  # the container was lost
-    RETURNED = "returned"  # unfinished, through no fault of its own
-    NOT_STARTED = "not_started"  # no container for it could be started
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Execution:
-    """How one delivery of an input went.
-
-    Attributes:
-        format, body: the value, where it succeeded. failure: what was raised, or why it was refused.
-        text: of what happened, for everything else. started: in seconds since 1970.
-        delay: seconds until another try, where the worker decides that and not the function's `Retries`.
-    """
-
-    kind: Kind
-    format: Format = Format.JSON
-    body: bytes = b""
-    failure: Failure | None = None
-    text: str = ""
-    started: float = 0.0
-    delay: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class About:
-    """What the result says of who ran it."""
-
-    app: str
-    function: str
-    code: str
-    worker: str
-    spec: FunctionSpec
-    crash_budget: int
 
 
 @dataclass(slots=True, eq=False)
@@ -100,103 +48,6 @@ class Held:
     def key(self) -> str:
         assert self.lease.address is not None
         return self.lease.address.key
-
-
-@dataclass(frozen=True, slots=True)
-class Final:
-    """The input ends with this result; `bury`: what failed for good keeps its arguments as a dead letter."""
-
-    result: Result
-    bury: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Again:
-    """The input is tried again after `delay` seconds."""
-
-    attempt: Attempt
-    delay: float
-
-
-def judge(execution: Execution, held: Held, about: About) -> Final | Again:
-    """What becomes of an input whose execution went so."""
-    match execution.kind:
-        case Kind.SUCCEEDED:
-            return Final(_result(State.SUCCEEDED, execution, held, about), bury=False)
-        case Kind.FAILED:
-            return _retry_or(State.FAILED, _of(execution), execution, held, about)
-        case Kind.TIMED_OUT:
-            text = f"function {about.function!r} ran longer than its timeout of {about.spec.timeout:g} s"
-            return _retry_or(State.TIMED_OUT, failure(FunctionTimeoutError, text), execution, held, about)
-        case Kind.CRASHED:
-            return _crashed(execution, held, about)
-        case Kind.CANCELLED:
-            return _final(State.CANCELLED, failure(RemoteError, execution.text), execution, held, about)
-        case Kind.EXPIRED:
-            return _final(State.EXPIRED, failure(TimeoutError, execution.text), execution, held, about)
-        case Kind.REFUSED:
-            return _final(State.FAILED, _of(execution), execution, held, about)
-        case Kind.RETURNED:
-            return Again(_attempt(Ending.RETURNED, execution.text, about), execution.delay)
-        case Kind.NOT_STARTED:
-            return Again(_attempt(Ending.NOT_STARTED, execution.text, about), execution.delay)
-
-
-def _of(execution: Execution) -> Failure:
-    return execution.failure or failure(InternalFailure, execution.text)
-
-
-def _retry_or(state: State, failed: Failure, execution: Execution, held: Held, about: About) -> Final | Again:
-    """Another try, if the function's retries allow one after those it had."""
-    retries = about.spec.retries
-    tries = held.log.tries + 1
-    if retries is None or tries > retries.max_retries or not retries.covers(failed.bases or (failed.type,)):
-        return _final(state, failed, execution, held, about)
-    ending = Ending.TIMED_OUT if state is State.TIMED_OUT else Ending.FAILED
-    return Again(_attempt(ending, failed.summary, about), retries.delay(tries))
-
-
-def _crashed(execution: Execution, held: Held, about: About) -> Final | Again:
-    """Crashes have a budget of their own, so that an input that kills whatever runs it comes to an end."""
-    crashes = [*held.log.crashes(held.lease.delivery)]
-    if execution.text:
-        crashes.append(f"{execution.text} on {about.worker}")
-    if len(crashes) < about.crash_budget:
-        return Again(_attempt(Ending.CRASHED, crashes[-1], about), 0.0)
-    text = f"function {about.function!r} crashed {len(crashes)} times: {'; '.join(crashes)}"
-    return _final(State.FAILED, failure(InternalFailure, text), execution, held, about)
-
-
-def _attempt(ending: Ending, error: str, about: About) -> Attempt:
-    return Attempt(ending=ending, worker=about.worker, at=time.time(), error=error)
-
-
-def _final(state: State, failed: Failure, execution: Execution, held: Held, about: About) -> Final:
-    result = Result.of_failure(
-        state,
-        failed,
-        app=about.app,
-        function=about.function,
-        code=about.code,
-        worker=about.worker,
-        attempt=held.log.tries + 1,
-        started=execution.started,
-    )
-    return Final(result, bury=state in (State.FAILED, State.TIMED_OUT))
-
-
-def _result(state: State, execution: Execution, held: Held, about: About) -> Result:
-    return Result(
-        state=state,
-        body=execution.body,
-        format=execution.format,
-        app=about.app,
-        function=about.function,
-        code=about.code,
-        worker=about.worker,
-        attempt=held.log.tries + 1,
-        started=execution.started,
-    )
 
 
 async def end_without_lease(broker: Broker, stored: Stored, address: Address, result: Result) -> None:
@@ -237,7 +88,7 @@ class Settler:
 
     async def settle(self, held: Held, execution: Execution, about: About) -> Final | Again:
         """Bring an input to where its execution leads."""
-        verdict = judge(execution, held, about)
+        verdict = judge(execution, held.log, held.lease.delivery, about)
         match verdict:
             case Final(result, bury):
                 await self._store(held, result, bury)

@@ -79,7 +79,8 @@ class Retries:
         initial_delay: seconds before the first retry; 0 to 60, as in Modal.
         max_delay: the longest delay in seconds; 1 to 604,800 (seven days; Modal allows 60).
         min_delay: the shortest delay in seconds; 0 to 60. Modal's floor of one second is the default.
-        jitter: share of the delay (0.0 to 1.0) that is random, so that many retries do not come at once.
+        jitter: share of the delay (0.0 to 1.0) that is random, so that many retries do not come at once; what it takes
+            away stops at `min_delay`.
         retry_on: exception classes that are retried; empty means all of them.
         abort_on: exception classes that are never retried; looked at before `retry_on`.
 
@@ -125,9 +126,9 @@ class Retries:
             growth = float(self.backoff_coefficient) ** (retry - 1)
         except OverflowError:  # after some hundred retries, which take hours only
             growth = sys.float_info.max
-        delay = max(min(self.initial_delay * growth, self.max_delay), self.min_delay)
         share = random.random() if chance is None else chance
-        return delay * (1 - self.jitter * share)
+        delay = min(self.initial_delay * growth, self.max_delay) * (1 - self.jitter * share)
+        return max(delay, self.min_delay)
 
     def covers(self, bases: Sequence[str]) -> bool:
         """Whether an exception is retried, told by the qualified names of its class and all its bases."""

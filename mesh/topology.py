@@ -109,8 +109,9 @@ class Topology:
         Raises:
             InvalidError: a part of it cannot be what its place says.
         """
-        tokens = subject.removeprefix(f"{self.root}.call.").split(".")
-        if len(tokens) != 5:
+        prefix = f"{self.root}.call."
+        tokens = subject.removeprefix(prefix).split(".")
+        if not subject.startswith(prefix) or len(tokens) != 5:
             raise InvalidError(f"{subject!r} is not the subject of a call")
         app, function, pool, call, index = tokens
         check_name("app", unescape(app))

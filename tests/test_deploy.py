@@ -315,3 +315,11 @@ def test_nothing_is_left_of_a_run(own_mesh: Callable[..., Mesh], how: str) -> No
             with pytest.raises(RemoteError, match=r"cancelled: (its app has|app 'passing') ended"):
                 call.get(timeout=5)
     assert Function.from_name("stays", "extra").remote() == 1
+
+
+def test_a_script_whose_name_holds_a_dot(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    script = mesh.directory / "job.v2.py"
+    script.write_text("import mesh\napp = mesh.App('dot')\n@app.function()\ndef f(): ...\nwith app.run(): ...\n")
+    done = subprocess.run([sys.executable, script], env=mesh.variables, capture_output=True, text=True, timeout=60)
+    assert "job.v2.py cannot be imported by its name, because that holds a dot: rename it" in done.stderr

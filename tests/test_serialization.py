@@ -790,3 +790,46 @@ def test_a_package_run_with_m_keeps_its_identity(tmp_path: Path) -> None:
 def test_serialization_is_the_only_way_in_and_out() -> None:
     assert serialization.loads is loads
     assert decode(Format.PICKLE, dumps({1, 2})) == {1, 2}
+
+
+# --- sharing, and exceptions of unusual classes ----------------------------------------------------------------------
+
+
+def test_a_list_that_is_in_a_value_twice_stays_one() -> None:
+    inner: list[int] = [1]
+    format, body = encode({"a": inner, "b": inner})
+    back = decode(format, body)
+    back["a"].append(2)
+    assert back["b"] == [1, 2]
+
+
+def test_deeply_shared_values_take_no_exponential_time() -> None:
+    value: list[object] = []
+    for _ in range(60):
+        value = [value, value]
+    format, body = encode(value)
+    assert len(body) < 10_000
+    assert decode(format, body)[0] is not None
+
+
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+
+
+class OwnReduceError(Exception):
+    def __reduce__(self) -> Any:
+        return OwnReduceError, ("rebuilt",)
+
+
+def test_an_exception_that_is_a_frozen_dataclass() -> None:
+    back = unpack_exception(pack_exception(FrozenError(3), lambda file: False))
+    assert isinstance(back, FrozenError)
+    assert back.code == 3
+
+
+def test_an_exception_with_its_own_reduce_keeps_its_cause() -> None:
+    error = OwnReduceError("original")
+    error.__cause__ = ValueError("why")
+    back = unpack_exception(pack_exception(error, lambda file: False))
+    assert (type(back), str(back), str(back.__cause__)) == (OwnReduceError, "rebuilt", "why")

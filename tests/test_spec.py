@@ -451,3 +451,9 @@ def test_what_cannot_be_a_variable_is_refused(env: dict[Any, Any], text: str) ->
 
 def test_the_values_that_users_write_are_exported() -> None:
     assert (mesh.Retries, mesh.Cron, mesh.Period) == (Retries, Cron, Period)
+
+
+def test_jitter_takes_nothing_below_the_shortest_delay() -> None:
+    retries = Retries(max_retries=3, initial_delay=2.0, jitter=1.0)
+    assert retries.delay(1, chance=0.25) == 1.5
+    assert retries.delay(1, chance=1.0) == 1.0

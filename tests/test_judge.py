@@ -5,15 +5,14 @@ Acting on it (`Settler`) is tested with a server, in the end-to-end and kill tes
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from mesh.broker import Lease
 from mesh.exception import FunctionTimeoutError, InternalFailure, NotFoundError
+from mesh.judge import About, Again, Execution, Final, Kind, judge
 from mesh.protocol import Failure, Format, State, failure
 from mesh.records import Attempt, AttemptLog, Ending
-from mesh.settle import About, Again, Execution, Final, Held, Kind, judge
 from mesh.spec import FunctionSpec, Retries
 
 VALUE_ERROR = Failure(
@@ -26,13 +25,6 @@ TIMED_OUT = Execution(kind=Kind.TIMED_OUT, started=5.0)
 CRASHED = Execution(kind=Kind.CRASHED, text="killed by SIGSEGV", started=5.0)
 
 
-class FakeLease:
-    """`judge` looks at nothing of a lease but which delivery it is."""
-
-    def __init__(self, delivery: int) -> None:
-        self.delivery = delivery
-
-
 def decide(
     execution: Execution, *before: Attempt, retries: Retries | None = None, crash_budget: int = 3
 ) -> Final | Again:
@@ -40,7 +32,7 @@ def decide(
     log = AttemptLog(attempts=dict(enumerate(before, 1)))
     spec = FunctionSpec(name="f", timeout=2.5, retries=retries)
     about = About(app="shop", function="f", code="0a1b", worker="w1", spec=spec, crash_budget=crash_budget)
-    return judge(execution, Held(cast(Lease, FakeLease(len(before) + 1)), log), about)
+    return judge(execution, log, len(before) + 1, about)
 
 
 def final(verdict: Final | Again) -> tuple[State, bool, str]:
