@@ -396,7 +396,8 @@ def unpack_exception(failure: Failure, *, unpickle: bool = True) -> Exception:
     if error is None:
         error = ExecutionError(f"{failure.type.removeprefix('builtins.')}: {failure.text}")
     if failure.traceback:
-        error.add_note(f"\nRemote traceback:\n{failure.traceback.rstrip()}")
+        notes = [*getattr(error, "__notes__", ()), f"\nRemote traceback:\n{failure.traceback.rstrip()}"]
+        object.__setattr__(error, "__notes__", notes)  # as `add_note`, also where the class is a frozen dataclass
     return error
 
 
