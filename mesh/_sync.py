@@ -64,8 +64,8 @@ class Bridge:
         try:
             return future.result()
         except KeyboardInterrupt:
-            future.cancel()
-            concurrent.futures.wait([future], _CLOSING_LIMIT)
+            ending = asyncio.run_coroutine_threadsafe(_end(work), self.loop())
+            concurrent.futures.wait([ending], _CLOSING_LIMIT)
             raise
 
     def close(self, work: Coroutine[Any, Any, None]) -> None:
@@ -76,6 +76,17 @@ class Bridge:
             work.close()
             return
         concurrent.futures.wait([asyncio.run_coroutine_threadsafe(work, self._loop)], _CLOSING_LIMIT)
+
+
+async def _end(work: Coroutine[Any, Any, Any]) -> None:
+    """Cancel the task that runs `work`, and wait until it has cleaned up. Its future would say at once that it has."""
+    import asyncio
+
+    tasks = [task for task in asyncio.all_tasks() if task.get_coro() is work]
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 _bridge = Bridge()

@@ -103,7 +103,7 @@ async def _until_loop_ends(entry: _Entry, opened: Broker) -> AsyncGenerator[None
     finally:
         _forget(entry)
         for other in entry.environments.values():
-            await other.results.close()
+            await other.rest()
         await opened.close()
 
 

@@ -118,6 +118,9 @@ class Settings:
     grace: float = _setting(30.0, _number(0, 86_400), "seconds a stopping worker gives running calls")
     cancel_grace: float = _setting(30.0, _number(0, 3600), "seconds a cancelled or late call has for its `finally`")
     crash_budget: int = _setting(3, _count(1), "containers or workers an input may lose before it fails")
+    caller_silence: float = _setting(
+        60.0, _number(8, 3600), "seconds after which a silent client that waits in `remote` is dead; same everywhere"
+    )
     sweep_interval: float = _setting(60.0, _number(0.1, 3600), "seconds between looks for calls nobody would run")
     max_age: float = _setting(MAX_RESULT_AGE, _number(1, 10 * 365 * 86_400), "seconds results are kept; used by init")
     ack_wait: float = _setting(15.0, _number(1, 300), "seconds until the calls of a dead worker move; used by init")

@@ -48,6 +48,11 @@ class Execution:
     delay: float = 0.0
 
 
+def cancelled(reason: str, started: float = 0.0) -> Execution:
+    """The end of an input that somebody cancelled."""
+    return Execution(kind=Kind.CANCELLED, text=f"cancelled: {reason}", started=started)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
     """What the result says of who ran it."""

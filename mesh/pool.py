@@ -21,8 +21,8 @@ from mesh.container import Assignment, Container, Exit
 from mesh.examine import Finding
 from mesh.exception import Error, NotFoundError
 from mesh.frames import Outcome, Start, Work
-from mesh.judge import About, Again, Execution, Final, Kind
-from mesh.protocol import Failure, Format, State, failure
+from mesh.judge import About, Again, Execution, Final, Kind, cancelled
+from mesh.protocol import CancelRequest, Failure, Format, State, failure
 from mesh.records import FunctionRecord
 from mesh.settle import Held
 from mesh.topology import SHARED_POOL
@@ -134,9 +134,8 @@ class Pool:
         """The app of a single run has ended: nothing of it runs on."""
         self.closed = True
         self._worker.puller.forget(self.consumer)
-        cancelled = Execution(kind=Kind.CANCELLED, text=f"cancelled: {reason}")
         while self._held:
-            self._settle(self._held.popleft(), cancelled)
+            self._settle(self._held.popleft(), cancelled(reason))
         for container in self.containers:
             for assignment in container.assignments:
                 assignment.stopped = reason
@@ -150,9 +149,27 @@ class Pool:
     def abandon(self, reason: str) -> None:
         """Kill what runs; its inputs go back, and it does not count as a try."""
         for container in self.containers:
+            self._abandon(container, reason)
+
+    @staticmethod
+    def _abandon(container: Container, reason: str) -> None:
+        for assignment in container.assignments:
+            assignment.stopped = assignment.stopped or _ABANDONED
+        container.kill(reason)
+
+    def cancel(self, held: Held, request: CancelRequest) -> None:
+        """End one input wherever it is: while it waits here, in a container, or on its way between these."""
+        held.cancelled = held.cancelled or request.reason
+        if held in self._held:
+            self._held.remove(held)
+            self._settle(held, cancelled(held.cancelled))
+            return
+        for container in self.containers:
             for assignment in container.assignments:
-                assignment.stopped = assignment.stopped or _ABANDONED
-            container.kill(reason)
+                if assignment.owner is held:
+                    container.cancel(assignment, held.cancelled)
+                    if request.terminate:
+                        self._abandon(container, f"{held.key} was cancelled, its container with it")
 
     # --- inputs in ---------------------------------------------------------------------------------------------------
 
@@ -199,14 +216,16 @@ class Pool:
     def _accept(self, held: Held) -> None:
         assert held.lease.input is not None
         deadline = held.lease.input.deadline
-        if deadline is not None and time.time() > deadline:
+        if held.cancelled:
+            self._settle(held, cancelled(held.cancelled))
+        elif deadline is not None and time.time() > deadline:
             self._settle(held, Execution(kind=Kind.EXPIRED, text="expired: its deadline passed before it was started"))
         elif self.record.removed is not None:
             self._of_removed.append(held)
             if len(self._of_removed) == 1:
                 self._worker.background.spawn(self._fail_removed())
         elif self.closed:
-            self._settle(held, Execution(kind=Kind.CANCELLED, text="cancelled: its app has ended"))
+            self._settle(held, cancelled("its app has ended"))
         elif self._worker.draining:
             self._settle(held, Execution(kind=Kind.RETURNED, text="the worker is stopping"))
         else:
@@ -428,8 +447,15 @@ class Pool:
         container.cancel(assignment, _TIMEOUT)
 
     def on_dropped(self, container: Container, assignment: Assignment) -> None:
-        self._held.appendleft(assignment.owner)
+        self._put_back(assignment.owner)
         self.feed()
+
+    def _put_back(self, held: Held) -> None:
+        """An input that has not begun waits again, as the first; if it was not cancelled meanwhile."""
+        if held.cancelled:
+            self._settle(held, cancelled(held.cancelled))
+        else:
+            self._held.appendleft(held)
 
     def on_output(self, container: Container, assignment: Assignment | None, stream: int, text: str) -> None:
         self._worker.on_output(self.key, container, assignment.owner if assignment else None, stream, text)
@@ -443,7 +469,7 @@ class Pool:
             if assignment.began:
                 self._settle(assignment.owner, _lost(assignment, exit))
             else:
-                self._held.appendleft(assignment.owner)
+                self._put_back(assignment.owner)
         self._drop(container)
         self.feed()
         if self._worker.draining:
@@ -482,7 +508,7 @@ def _stopped(assignment: Assignment, started: float) -> Execution:
         return Execution(kind=Kind.TIMED_OUT, started=started)
     if assignment.stopped == _ABANDONED:
         return Execution(kind=Kind.RETURNED, text="the worker is stopping")
-    return Execution(kind=Kind.CANCELLED, text=f"cancelled: {assignment.stopped}", started=started)
+    return cancelled(assignment.stopped, started)
 
 
 def _lost(assignment: Assignment, exit: Exit) -> Execution:

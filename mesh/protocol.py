@@ -234,6 +234,7 @@ class Input:
         deadline: not started later than this, in seconds since 1970.
         result_ttl: seconds the result is kept; `None` means as long as the environment keeps results.
         keep_result: whether a success keeps its value.
+        detach: it goes on when its caller, who waits for it, dies.
         resubmit: the publish is a repetition, so the call may have ended already.
         retry_of: the call this one repeats.
         preview: the arguments for human eyes.
@@ -249,6 +250,7 @@ class Input:
     deadline: float | None = None
     result_ttl: float | None = None
     keep_result: bool = True
+    detach: bool = False
     resubmit: bool = False
     retry_of: str = ""
     preview: str = ""
@@ -272,6 +274,8 @@ class Input:
             headers["Mesh-Result-TTL"] = f"{self.result_ttl:g}"
         if not self.keep_result:
             headers["Mesh-Keep-Result"] = "0"
+        if self.detach:
+            headers["Mesh-Detach"] = "1"
         if self.resubmit:
             headers["Mesh-Resubmit"] = "1"
         return headers
@@ -295,10 +299,39 @@ class Input:
             deadline=_time(headers, "Mesh-Deadline"),
             result_ttl=_number(headers, "Mesh-Result-TTL"),
             keep_result=headers.get("Mesh-Keep-Result") != "0",
+            detach=headers.get("Mesh-Detach") == "1",
             resubmit="Mesh-Resubmit" in headers,
             retry_of=headers.get("Mesh-Retry-Of", ""),
             preview=headers.get("Mesh-Preview", ""),
             blob=headers.get("Mesh-Blob", ""),
+        )
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it ends with its caller, who waits for it."""
+        return self.kind in ("remote", "map") and not self.detach
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRequest:
+    """What a canceller tells the workers of an input. All of it may be left out.
+
+    Attributes:
+        reason: ends up in the cancelled result. terminate: kill the container instead of interrupting the input.
+    """
+
+    reason: str = "somebody asked for it"
+    terminate: bool = False
+
+    def headers(self) -> dict[str, str]:
+        headers = {"Mesh-Version": str(VERSION), "Mesh-Reason": _one_line(self.reason, ERROR_TEXT_LIMIT)}
+        return {**headers, "Mesh-Terminate": "1"} if self.terminate else headers
+
+    @classmethod
+    def decode(cls, headers: Mapping[str, str]) -> CancelRequest:
+        return cls(
+            reason=headers.get("Mesh-Reason", cls().reason),
+            terminate=headers.get("Mesh-Terminate") == "1",
         )
 
 

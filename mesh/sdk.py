@@ -25,7 +25,7 @@ from mesh.exception import (
     ServerWarning,
     UnimplementedError,
 )
-from mesh.protocol import Address, Failure, Input, Result, State, call_time, is_call_id, new_call_id
+from mesh.protocol import Address, CancelRequest, Failure, Input, Result, State, call_time, is_call_id, new_call_id
 from mesh.spec import FunctionSpec, check_name
 from mesh.topology import SHARED_POOL
 
@@ -42,6 +42,7 @@ R = TypeVar("R")
 _SILENCE = 3.0  # seconds of waiting after which a caller is told that no worker is there
 _LOOK_AGAIN = 30.0  # seconds between looks whether what is waited for can still come
 _REMOTE_RESULT_TTL = 3600.0  # the caller of `remote` has its value at once; the copy is for lost connections
+_CANCEL_LIMIT = 1.5  # seconds a caller who goes waits until its call is cancelled
 _CLOCK_TOLERANCE = 60.0  # seconds by which a caller's clock may be off
 
 
@@ -187,7 +188,11 @@ class Function(Generic[P, R]):
             Exception: whatever the function raised, as its own type, with the remote traceback in a note.
             FunctionTimeoutError: it ran out of time. InternalFailure: its containers were lost too often.
             RemoteError: it was cancelled. Also what `spawn` raises.
+
+        Ctrl-C, or the end of the task or process that waits, cancels the call, unless the function has `detach=True`.
         """
+        import asyncio
+
         broker, record = await self._lookup()
         input = self._input(broker, record, "remote", args, kwargs)
         call = FunctionCall[R](input.address.call, environment=broker.topology.environment, address=input.address)
@@ -195,7 +200,11 @@ class Function(Generic[P, R]):
             waiter = await broker.results.expect(input.address.key)
             try:
                 await broker.calls.submit(input)
-                result = await call._wait(broker, waiter, None)
+                result = await call._wait(broker, waiter, None, caller=not input.detach)
+            except asyncio.CancelledError:
+                if not input.detach:
+                    await call._cancel_behind(broker)
+                raise
             finally:
                 waiter.close()
         return call._value(broker, result)
@@ -240,6 +249,7 @@ class Function(Generic[P, R]):
             parent=running.key if running else "",
             result_ttl=spec.result_ttl or (_REMOTE_RESULT_TTL if kind == "remote" else None),
             keep_result=spec.keep_result,
+            detach=spec.detach,
             preview=serialization.preview(format, body) if broker.settings.preview else "",
         )
 
@@ -440,8 +450,13 @@ class FunctionCall(Generic[R]):
         finally:
             waiter.close()
 
-    async def _wait(self, broker: Broker, waiter: Waiter, timeout: float | None, index: int = 0) -> Result:
+    async def _wait(
+        self, broker: Broker, waiter: Waiter, timeout: float | None, index: int = 0, *, caller: bool = False
+    ) -> Result:
         """The result, once it is pushed. Looks at times whether it can still come.
+
+        Args:
+            caller: the call ends with whoever waits here, who therefore says now and then that it is alive.
 
         Raises:
             NotReadyError: not within `timeout`. NotFoundError, OutputExpiredError: it cannot come any more.
@@ -452,9 +467,10 @@ class FunctionCall(Generic[R]):
             async with asyncio.timeout(timeout) if timeout is not None else contextlib.nullcontext():
                 found = await waiter.wait(_SILENCE)
                 if found is None:
-                    await self._warn_without_worker(broker)
-                while found is None:
-                    found = await waiter.wait(_LOOK_AGAIN) or await self._look_quietly(broker, index)
+                    with broker.clients.waiting() if caller else contextlib.nullcontext():
+                        await self._warn_without_worker(broker)
+                        while found is None:
+                            found = await waiter.wait(_LOOK_AGAIN) or await self._look_quietly(broker, index)
                 return found
         except TimeoutError:
             raise NotReadyError(f"call {self._id} has no result after {timeout:g} s") from None
@@ -554,11 +570,43 @@ class FunctionCall(Generic[R]):
         values = await asyncio.gather(*(call.get.aio() for call in calls), return_exceptions=return_exceptions)
         return list(values)
 
-    # --- what later issues build -------------------------------------------------------------------------------------
+    @both
+    async def cancel(self, /, terminate_containers: bool = False) -> None:
+        """End the call, wherever it is: queued, running, or waiting for another try. It is not tried again.
 
-    def cancel(self, terminate_containers: bool = False) -> None:
-        """Not built yet."""
-        raise UnimplementedError("FunctionCall.cancel is not built yet")
+        Returns once nothing of it runs. A call that has ended already stays as it is. `get` raises `RemoteError`
+        afterwards. Code that runs gets an `InputCancellation` (async: `CancelledError`) and has time for its `finally`.
+
+        Args:
+            terminate_containers: kill its container at once instead; other inputs in it go back to the queue.
+
+        Raises:
+            NotFoundError, OutputExpiredError: as `get`.
+            ServiceError: its worker has not ended it within 90 s.
+        """
+        from mesh.broker import translated
+
+        broker = await self._broker()
+        self._key(0)
+        async with translated(f"cancelling {self._id}"):
+            if await self._cancel(broker, terminate_containers) is None:
+                raise await self._gone(broker)
+
+    async def _cancel(self, broker: Broker, terminate: bool = False) -> State | None:
+        from mesh.cancel import cancel_input
+
+        request = CancelRequest(reason=f"by {broker.client}", terminate=terminate)
+        return await cancel_input(broker, self._id, request=request, at=self._address)
+
+    async def _cancel_behind(self, broker: Broker) -> None:
+        """Cancel because the caller goes: wait a moment for that, no longer; it is seen to that it ends."""
+        import asyncio
+
+        cancelling = broker.background.spawn(self._cancel(broker))
+        with contextlib.suppress(Exception):  # the caller ends for a reason of its own, which must be what is raised
+            await asyncio.wait([cancelling], timeout=_CANCEL_LIMIT)
+
+    # --- what later issues build -------------------------------------------------------------------------------------
 
     def iter(self, *, start: int = 0, end: int | None = None) -> Any:
         """Not built yet."""

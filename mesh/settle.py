@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from mesh.broker import Broker, Headers, Lease, NoResponders, Stored, StoreError, Unanswered
 from mesh.exception import PermissionDeniedError
-from mesh.judge import About, Again, Execution, Final, judge
+from mesh.judge import About, Again, Execution, Final, cancelled, judge
 from mesh.protocol import Address, Result, State, format_time
 from mesh.records import Attempt, AttemptLog, Ending
 
@@ -36,6 +36,7 @@ class Held:
     Attributes:
         since: monotonic time at which it came. marked: that it begins is written down, where that is needed.
         about: by which version it is run, and under which options; set when it is given to a container.
+        cancelled: why it was cancelled, if it was; then there is no other try.
     """
 
     lease: Lease
@@ -43,6 +44,7 @@ class Held:
     since: float = field(default_factory=time.monotonic)
     marked: bool = False
     about: About | None = None
+    cancelled: str = ""
 
     @property
     def key(self) -> str:
@@ -54,14 +56,14 @@ async def end_without_lease(broker: Broker, stored: Stored, address: Address, re
     """End an input that no worker holds: its result first, then out of the queue, by its own sequence."""
     created = await broker.results.create(address.key, result)
     if created and result.state in (State.FAILED, State.TIMED_OUT):
-        await broker.bury(broker.topology.dead_subject(address), stored.headers, stored.body, _death(result))
+        await broker.dead.bury(broker.topology.dead_subject(address), stored.headers, stored.body, _death(result))
     await broker.calls.delete(stored.sequence)
 
 
 async def quarantine_stored(broker: Broker, stored: Stored, reason: str) -> None:
     """Put aside a message that is no call, and that no worker holds."""
     subject = broker.topology.quarantine_subject(stored.subject)
-    await broker.bury(subject, stored.headers, stored.body, _death_of(State.FAILED, reason))
+    await broker.dead.bury(subject, stored.headers, stored.body, _death_of(State.FAILED, reason))
     await broker.calls.delete(stored.sequence)
 
 
@@ -89,6 +91,8 @@ class Settler:
     async def settle(self, held: Held, execution: Execution, about: About) -> Final | Again:
         """Bring an input to where its execution leads."""
         verdict = judge(execution, held.log, held.lease.delivery, about)
+        if held.cancelled and isinstance(verdict, Again):  # while its last try came to an end
+            verdict = judge(cancelled(held.cancelled), held.log, held.lease.delivery, about)
         match verdict:
             case Final(result, bury):
                 await self._store(held, result, bury)
@@ -124,13 +128,13 @@ class Settler:
     async def _bury(self, lease: Lease, result: Result) -> None:
         assert lease.address is not None
         subject = self._broker.topology.dead_subject(lease.address)
-        await self.insist(lambda: self._broker.bury(subject, lease.headers, lease.body, _death(result)))
+        await self.insist(lambda: self._broker.dead.bury(subject, lease.headers, lease.body, _death(result)))
 
     async def quarantine(self, lease: Lease) -> None:
         """Put aside a message that is no call, with the reason; nobody waits for it."""
         subject = self._broker.topology.quarantine_subject(lease.subject)
         reason = _death_of(State.FAILED, str(lease.refusal))
-        await self.insist(lambda: self._broker.bury(subject, lease.headers, lease.body, reason))
+        await self.insist(lambda: self._broker.dead.bury(subject, lease.headers, lease.body, reason))
         await lease.ack()
 
     async def mark_begun(self, held: Held, worker: str) -> None:

@@ -205,6 +205,7 @@ class Topology:
         yield self._bucket("workers", limits, allow_msg_ttl=True)
         yield self._bucket("slots", limits, allow_msg_ttl=True)
         yield self._bucket("apps", limits, allow_msg_ttl=True)
+        yield self._bucket("clients", limits, allow_msg_ttl=True)
         yield self._bucket("meta", limits)
 
     def _calls(self, limits: Limits) -> Config:

@@ -18,7 +18,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 
 import mesh
@@ -32,10 +32,12 @@ from mesh.container import Container
 from mesh.examine import Examiner
 from mesh.exception import Error
 from mesh.pool import Pool, PoolKey
+from mesh.protocol import CancelRequest
 from mesh.records import AppHead, AppState, FunctionRecord, WorkerRecord
 from mesh.settle import Held, Settler
 from mesh.sweep import Sweeper
 from mesh.topology import SHARED_POOL
+from mesh.watch import Watch
 
 logger = logging.getLogger("mesh.worker")
 
@@ -45,7 +47,7 @@ _SEEN_AFTER = 1.0  # seconds after which a running input is announced, so that s
 _SLICE = 1.0  # seconds a container keeps its place once it has it, while other functions wait for one
 _SETTLE_DOWN = (0.8, 1.2)  # seconds after a reconnect in which leases are renewed and nothing new is asked for
 _HELD_TOO_LONG = 2.0  # seconds after which an input that has no room here goes to a worker that has
-_RUNS_SWEEP = 10.0  # seconds between looks whether apps of a single run have lost their client
+_CLIENTS_SWEEP = 10.0  # seconds between looks whether single runs and waiting callers have lost their client
 
 
 class ExitCode(IntEnum):
@@ -124,6 +126,7 @@ class Worker:
         self.examiner = Examiner(self.broker, self.settler, self.name)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
         self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, self.settings.sweep_interval)
+        self.watch = Watch(self.broker, self.name, self._held, self._stop_input)
         self.puller = Puller(self.broker.connection, self.broker.topology, self._on_lease, self._on_void)
         events = self.broker.connection.events
         events.disconnected.append(self._on_disconnected)
@@ -133,6 +136,7 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # not the main thread
                 loop.add_signal_handler(number, self.stop)
+        await self.watch.start()
         await self.puller.start()
         await self.broker.registry.watch(self._on_head, self._on_unreadable)
         await self._announce()
@@ -151,7 +155,8 @@ class Worker:
             self.background.spawn(self._regularly(_TICK, self._tick)),
             self.background.spawn(self._regularly(self.ack_wait / 12, self._renew_leases)),
             self.background.spawn(self._regularly(_REREAD, self._read_heads)),
-            self.background.spawn(self._regularly(_RUNS_SWEEP, self._sweep_runs)),
+            self.background.spawn(self._regularly(_CLIENTS_SWEEP, self._sweep_runs)),
+            self.background.spawn(self._regularly(_CLIENTS_SWEEP, self.watch.callers)),
             self.background.spawn(self._regularly(self.settings.sweep_interval, self.sweeper.sweep)),
         ]
         await self._stop.wait()
@@ -376,10 +381,21 @@ class Worker:
         """Renew what was not renewed for a third of the ack wait."""
         if not self.broker.connection.is_up:
             return
-        due = time.monotonic() - self.ack_wait / 3
-        for held in list(self._held.values()):
-            if held.lease.renewed < due:
-                await held.lease.renew()
+        limit = time.monotonic() - self.ack_wait / 3
+        due = [held for held in self._held.values() if held.lease.renewed < limit]
+        for held in due:
+            await held.lease.renew()
+        if due:
+            self.background.spawn(self._watch(due))
+
+    async def _watch(self, renewed: Sequence[Held]) -> None:
+        with contextlib.suppress(Unanswered, NoResponders, StoreError, Error):  # the next renewal looks again
+            await self.watch.look(renewed)
+
+    def _stop_input(self, held: Held, request: CancelRequest) -> None:
+        pool = self._by_consumer.get(held.lease.consumer)
+        if pool is not None:
+            pool.cancel(held, request)
 
     def _on_disconnected(self) -> None:
         if self.draining:

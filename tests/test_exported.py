@@ -220,7 +220,7 @@ UNBUILT_METHODS: dict[object, list[str]] = {
         map starmap for_each spawn_map remote_gen with_options with_concurrency with_batching update_autoscaler
         get_current_stats get_web_url
     """),
-    mesh.FunctionCall.from_id("fc-0"): words("cancel iter get_call_graph"),
+    mesh.FunctionCall.from_id("fc-0"): words("iter get_call_graph"),
     mesh.App(): words("cls server get_dashboard_url"),
 }
 

@@ -201,6 +201,7 @@ STREAMS = [
     "KV_mesh_workers",
     "KV_mesh_slots",
     "KV_mesh_apps",
+    "KV_mesh_clients",
     "KV_mesh_meta",
 ]
 
@@ -304,7 +305,7 @@ def test_a_plain_bucket_and_an_object_store_are_configured_so() -> None:
     assert config_of("OBJ_mesh_code") == base | objects
 
 
-@pytest.mark.parametrize("name", ["workers", "slots", "apps"])
+@pytest.mark.parametrize("name", ["workers", "slots", "apps", "clients"])
 def test_what_lives_as_long_as_it_is_renewed_may_expire_by_key(name: str) -> None:
     bucket = config_of(f"KV_mesh_{name}")
     assert bucket["allow_msg_ttl"] is True

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Self
 
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
+from mesh.background import Background
 from mesh.broker import schema
 from mesh.broker.calls import Calls
+from mesh.broker.cancels import Cancels
 from mesh.broker.connection import (
-    WRONG_LAST_SEQUENCE,
     Connection,
     Headers,
     NoResponders,
@@ -22,7 +23,8 @@ from mesh.broker.connection import (
     Unanswered,
     translated,
 )
-from mesh.broker.fleet import Attempts, Locks, Runs, Workers
+from mesh.broker.dead import Dead
+from mesh.broker.fleet import Attempts, Clients, Locks, Runs, Workers
 from mesh.broker.leases import Lease, Puller
 from mesh.broker.registry import Registry
 from mesh.broker.results import Results
@@ -38,6 +40,7 @@ class Broker:
 
     Attributes:
         token: ends the id of every call this client makes. client: how others see it, `host/pid`.
+        background: what goes on after whoever began it, until the connection is closed.
     """
 
     def __init__(self, connection: Connection, topology: Topology, settings: Settings) -> None:
@@ -46,11 +49,15 @@ class Broker:
         self.settings = settings
         self.token = new_client_token()
         self.client = f"{socket.gethostname()}/{os.getpid()}"
+        self.background = Background()
         self.calls = Calls(connection, topology, settings.submit_timeout)
         self.results = Results(connection, topology, self.token)
+        self.cancels = Cancels(connection, topology)
+        self.dead = Dead(connection, topology)
         self.registry = Registry(connection, topology)
         self.workers = Workers(connection, topology)
         self.runs = Runs(connection, topology)
+        self.clients = Clients(connection, topology, self.token, self.client, settings.caller_silence)
         self.attempts = Attempts(connection, topology)
         self.locks = Locks(connection, topology)
 
@@ -71,8 +78,14 @@ class Broker:
 
     async def close(self) -> None:
         """Close the connection. Doing it twice is harmless."""
-        await self.results.close()
+        await self.rest()
         await self.connection.close()
+
+    async def rest(self) -> None:
+        """End what runs in the background for this environment; the connection stays, for others."""
+        await self.background.cancel()
+        await self.clients.close()
+        await self.results.close()
 
     async def ensure(self) -> list[str]:
         """Create what is missing of the environment; returns the names of what was made."""
@@ -99,14 +112,3 @@ class Broker:
     async def follow_logs(self, app: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
         """Be given the output of an app's functions as it comes."""
         return await self.connection.subscribe(self.topology.log_filter(app=app), callback)
-
-    # --- dead letters ------------------------------------------------------------------------------------------------
-
-    async def bury(self, subject: str, headers: Mapping[str, str], body: bytes, death: Headers) -> None:
-        """Copy an input that failed for good to the dead letters; the same one twice is one."""
-        kept = {name: text for name, text in headers.items() if not name.startswith("Nats-")}
-        try:
-            await self.connection.store(subject, body, {**kept, **death, "Nats-Expected-Last-Subject-Sequence": "0"})
-        except StoreError as error:
-            if error.code != WRONG_LAST_SEQUENCE:
-                raise

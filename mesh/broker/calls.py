@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
 from dataclasses import replace
 
 from mesh.broker.connection import (
@@ -14,8 +15,8 @@ from mesh.broker.connection import (
     Unanswered,
     translated,
 )
-from mesh.exception import ConnectionError, InvalidError, RequestSizeError
-from mesh.protocol import Address, Input
+from mesh.exception import ConnectionError, InvalidError, RequestSizeError, VersionError
+from mesh.protocol import Address, Input, token_of
 from mesh.topology import Topology
 
 _ONE_TRY = 5.0  # seconds one publish waits for its answer before it is repeated
@@ -99,22 +100,23 @@ class Calls:
         subjects = await self._connection.subjects(self._topology.calls, self._topology.call_filter())
         return {self._topology.parse_pool(subject) for subject in subjects}
 
-    async def newest(self, count: int) -> list[Stored]:
-        """The newest inputs that have not ended, newest first. Reads from the end, in windows that grow."""
-        info = await self._connection.api(f"STREAM.INFO.{self._topology.calls}")
-        first, last = info["state"]["first_seq"], info["state"]["last_seq"]
-        found: list[Stored] = []
-        end, window = last, 2 * count
-        while end >= first and len(found) < count and info["state"]["messages"]:
-            start = max(first, end - window + 1)
-            page = await self._connection.get_range(self._topology.calls, start, end - start + 1)
-            found += sorted((m for m in page if m.sequence <= end), key=lambda m: -m.sequence)
-            end, window = start - 1, min(4 * window, 16_384)
-        return found[:count]
+    async def awaited_by(self, tokens: Collection[str]) -> list[Address]:
+        """Inputs that end with these clients, who wait for them. Reads every subject: not for everyday use."""
+        queued = await self._connection.subjects(self._topology.calls, self._topology.call_filter())
+        theirs = [subject for subject in queued if token_of(subject.rpartition(".")[0]) in tokens]
+        found = await self._connection.get_many(self._topology.calls, theirs)
+        return [address for stored in found if (address := self._awaited(stored)) is not None]
 
-    async def counts(self, filter: str) -> dict[str, int]:
-        """Inputs that have not ended, by subject."""
-        return await self._connection.subjects(self._topology.calls, filter)
+    def _awaited(self, stored: Stored) -> Address | None:
+        try:
+            address = self._topology.parse_call(stored.subject)
+            return address if Input.decode(address, stored.headers, b"").awaited else None
+        except (InvalidError, VersionError):
+            return None
+
+    async def newest(self, count: int, before: int | None = None, filter: str = "") -> list[Stored]:
+        """The newest inputs that have not ended, newest first; `before` a sequence, to go on from there."""
+        return await self._connection.get_newest(self._topology.calls, count, before, filter or ">")
 
     async def delete(self, sequence: int) -> bool:
         """Take one input out of the queue; false if it was gone. Never a purge: that strands other calls."""

@@ -32,6 +32,7 @@ REQUEST_TIMEOUT = 5.0  # seconds for one answer of the server
 HEADROOM = 1024  # bytes kept free below max_payload: one byte over it closes a nats-py connection for good
 _INLINE_LIMIT = 512 << 10
 _OVERDUE_CHECK = 0.1  # seconds between looks for requests that got no answer
+_LARGEST_WINDOW = 16_384  # sequences looked at in one step backwards
 _MULTI_GET = 500  # keys in one read; the server answers 413 above 1,024
 _BATCH = 1000  # messages of an atomic batch, the server's limit
 
@@ -268,11 +269,16 @@ class Connection:
         except nats.errors.Error as error:
             raise Unanswered(str(error)) from error
 
+    def largest_body(self, headers: Headers | None) -> int:
+        """Bytes a body may have beside these headers."""
+        return self._client.max_payload - HEADROOM - sum(len(k) + 4 * len(v) + 4 for k, v in (headers or {}).items())
+
     def _check_size(self, body: bytes, headers: Headers | None) -> None:
         if len(body) < self._client.max_payload // 2:
             return  # our own headers are a few KiB at most
-        size = len(body) + sum(len(k) + 4 * len(v) + 4 for k, v in (headers or {}).items())
-        if size + HEADROOM > self._client.max_payload:
+        room = self.largest_body(headers)
+        if len(body) > room:
+            size = len(body) + self._client.max_payload - HEADROOM - room
             raise exception.RequestSizeError(
                 f"a message of {size:,} bytes is above what the server takes ({self._client.max_payload:,})"
             )
@@ -398,6 +404,22 @@ class Connection:
     async def get_range(self, stream: str, sequence: int, count: int, subject: str = ">") -> list[Stored]:
         """Up to `count` messages from a sequence upwards."""
         return await self._read(stream, {"seq": sequence, "batch": count, "next_by_subj": subject})
+
+    async def get_newest(self, stream: str, count: int, before: int | None = None, subject: str = ">") -> list[Stored]:
+        """Up to `count` messages, newest first; `before` a sequence, to go on from there.
+
+        Reads from the end, in windows that grow: in a queue most sequences may be gone.
+        """
+        state = (await self.api(f"STREAM.INFO.{stream}"))["state"]
+        end = state["last_seq"] if before is None else before - 1
+        found: list[Stored] = []
+        window = 2 * count
+        while end >= state["first_seq"] and len(found) < count and state["messages"]:
+            start = max(state["first_seq"], end - window + 1)
+            page = await self.get_range(stream, start, end - start + 1, subject)
+            found += sorted((m for m in page if m.sequence <= end), key=lambda m: -m.sequence)
+            end, window = start - 1, max(window, min(4 * window, _LARGEST_WINDOW))
+        return found[:count]
 
     async def _read(self, stream: str, query: Mapping[str, Any]) -> list[Stored]:
         """A read with several answers. The end is marked by the server; what came before a break is thrown away."""

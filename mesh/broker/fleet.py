@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Generator, Sequence
 
+from mesh.background import Background
 from mesh.broker.bucket import Bucket
-from mesh.broker.connection import Connection
+from mesh.broker.connection import Connection, NoResponders, StoreError, Unanswered
 from mesh.exception import Error
 from mesh.protocol import escape, parse_time, unescape
 from mesh.records import Attempt, AttemptLog, WorkerRecord
@@ -18,6 +20,7 @@ RENEW_WORKER = 10.0  # seconds between two such signs
 _FRESH = 2.0  # seconds a list of workers is good enough for a hint
 APP_TTL = 30.0  # the same for the client of a single run
 RENEW_APP = 10.0
+_CLIENT_KEPT = 3600.0  # seconds the entry of a client stays that nobody looks after
 
 
 class Workers:
@@ -79,6 +82,77 @@ class Runs:
     async def alive(self) -> set[str]:
         """Names of the apps whose client is there."""
         return {unescape(key) for key in await self._bucket.keys()}
+
+
+class Clients:
+    """Clients that wait for their calls: `remote` and `map` end with whoever made them.
+
+    An entry says by its time when its client was last there. It is deleted when the client waits no more, or by
+    whoever finds it old; so what is not here is dead, or has not waited long.
+
+    Args:
+        token: of this client. client: how others see it, `host/pid`. silence: seconds after which a client that said
+            it waits, and nothing since, is taken as dead.
+    """
+
+    def __init__(self, connection: Connection, topology: Topology, token: str, client: str, silence: float) -> None:
+        self._bucket = Bucket(connection, topology, "clients")
+        self._token = token
+        self._client = client
+        self.silence = silence
+        self._waiting = 0
+        self._entry: int | None = None
+        self._renewing: asyncio.Task[None] | None = None
+        self._background = Background()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Generator[None]:
+        """Say that this client waits, again and again while the block runs."""
+        self._waiting += 1
+        if self._renewing is None:
+            self._renewing = self._background.spawn(self._renew())
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    async def _renew(self) -> None:
+        try:
+            while self._waiting:
+                try:
+                    self._entry = await self._bucket.put(self._token, self._client.encode(), ttl=_CLIENT_KEPT)
+                    await asyncio.sleep(self.silence / 3)
+                except (Unanswered, NoResponders, StoreError, Error):  # the server is away, or has no room
+                    await asyncio.sleep(1)
+        finally:
+            self._renewing = None
+        await self._withdraw()
+
+    async def _withdraw(self) -> None:
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            with contextlib.suppress(Unanswered, NoResponders, StoreError, Error):  # then it is found to be old
+                await self._bucket.delete(entry)
+
+    async def close(self) -> None:
+        """This client waits no more."""
+        await self._background.cancel()
+        await self._withdraw()
+
+    async def missing(self, tokens: Collection[str]) -> set[str]:
+        """Those of these that nobody waits under."""
+        return set(tokens) - set(await self._bucket.get_many(list(tokens)))
+
+    async def silent(self, now: float) -> dict[str, int]:
+        """Tokens whose client has gone without a word, with the sequences of their entries; `now` by the server."""
+        entries = await self._bucket.all()
+        return {
+            token: stored.sequence for token, stored in entries.items() if now - parse_time(stored.time) > self.silence
+        }
+
+    async def forget(self, sequence: int) -> bool:
+        """Delete an entry; false if its client has said something since."""
+        return await self._bucket.delete(sequence)
 
 
 class Attempts:

@@ -105,15 +105,8 @@ class Results:
 
     async def newest(self, count: int, before: int | None = None) -> list[tuple[str, Stored]]:
         """The results stored last, newest first, with their keys; `before` a sequence, to go on from there."""
-        state = (await self._connection.api(f"STREAM.INFO.{self._bucket.stream}"))["state"]
-        end = state["last_seq"] if before is None else before - 1
-        found: list[Stored] = []
-        while end >= state["first_seq"] and len(found) < count and state["messages"]:
-            start = max(state["first_seq"], end - 2 * count + 1)
-            page = await self._connection.get_range(self._bucket.stream, start, end - start + 1)
-            found += sorted((m for m in page if m.sequence <= end), key=lambda m: -m.sequence)
-            end = start - 1
-        return [(self._bucket.key(stored), stored) for stored in found[:count]]
+        found = await self._connection.get_newest(self._bucket.stream, count, before)
+        return [(self._bucket.key(stored), stored) for stored in found]
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,103 @@
+"""What a worker must not go on with: inputs that are cancelled, that have ended elsewhere, or whose caller has died.
+
+A cancel comes as a request. One that was missed is found out when leases are renewed: their inputs' results are looked
+for, and one that is there means stop. Short inputs, which are never renewed, cost nothing of this.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from mesh.broker import Broker
+from mesh.cancel import cancel_input
+from mesh.protocol import CancelRequest, token_of
+from mesh.settle import Held
+
+logger = logging.getLogger("mesh.worker")
+
+_ENDED = CancelRequest(reason="it has a result already")
+_GONE = CancelRequest(reason="its caller has gone")
+
+Stop = Callable[[Held, CancelRequest], None]
+
+
+class Watch:
+    """Looks after the inputs that one worker holds, and after callers.
+
+    Args:
+        held: by subject, everything the worker holds. stop: ends one of them, wherever it is in the worker.
+    """
+
+    def __init__(self, broker: Broker, worker: str, held: Mapping[str, Held], stop: Stop) -> None:
+        self._broker = broker
+        self._worker = worker
+        self._held = held
+        self._stop = stop
+        self._silence = broker.clients.silence
+        self._up_since = time.monotonic()
+        self._looking = False
+        broker.connection.events.reconnected.append(self._on_reconnected)
+
+    def _on_reconnected(self) -> None:
+        self._up_since = time.monotonic()
+
+    @property
+    def _just_connected(self) -> bool:
+        """Whether silence may mean that callers, like us, could not reach the server."""
+        return time.monotonic() - self._up_since < self._silence
+
+    async def start(self) -> None:
+        """Take requests from now on."""
+        await self._broker.cancels.listen(self._on_request)
+
+    def _on_request(self, key: str, request: CancelRequest) -> bool:
+        for held in self._held.values():
+            if held.lease.address is not None and held.key == key:
+                self._stop(held, request)
+                return True
+        return False
+
+    async def look(self, renewed: Sequence[Held]) -> None:
+        """Stop those of these inputs that have a result, or nobody who waits for it; one look at a time."""
+        if self._looking:
+            return
+        self._looking = True
+        try:
+            await self._stop_ended([held for held in renewed if held.lease.address is not None])
+            await self._stop_unwanted(renewed)
+        finally:
+            self._looking = False
+
+    async def _stop_ended(self, renewed: Sequence[Held]) -> None:
+        results = await self._broker.results.get_many([held.key for held in renewed])
+        for held in renewed:
+            if held.key in results:
+                self._stop(held, _ENDED)
+
+    async def _stop_unwanted(self, renewed: Sequence[Held]) -> None:
+        now = time.monotonic()
+        old = [
+            held
+            for held in renewed
+            if held.lease.input is not None and held.lease.input.awaited and now - held.since > self._silence / 2
+        ]
+        if not old or self._just_connected:
+            return
+        missing = await self._broker.clients.missing({token_of(held.key.partition(".")[0]) for held in old})
+        for held in old:
+            if token_of(held.key.partition(".")[0]) in missing:
+                self._stop(held, _GONE)
+
+    async def callers(self) -> None:
+        """Find callers that died, and cancel what they wait for that is still queued. Any worker may, at any time."""
+        if self._just_connected:
+            return
+        silent = await self._broker.clients.silent(await self._broker.workers.server_time(self._worker))
+        gone = {token for token, entry in silent.items() if await self._broker.clients.forget(entry)}
+        if not gone:
+            return
+        logger.info("%d callers have gone; what they wait for is cancelled", len(gone))
+        for address in await self._broker.calls.awaited_by(gone):
+            await cancel_input(self._broker, address.call, address.index, request=_GONE, at=address)
