@@ -20,6 +20,7 @@ from mesh.exception import PermissionDeniedError
 from mesh.judge import About, Again, Execution, Final, cancelled, judge
 from mesh.protocol import Address, Result, State, format_time
 from mesh.records import Attempt, AttemptLog, Ending
+from mesh.topology import SHARED_POOL
 
 logger = logging.getLogger("mesh.worker")
 
@@ -56,7 +57,9 @@ async def end_without_lease(broker: Broker, stored: Stored, address: Address, re
     """End an input that no worker holds: its result first, then out of the queue, by its own sequence."""
     created = await broker.results.create(address.key, result)
     if created and result.state in (State.FAILED, State.TIMED_OUT):
-        await broker.dead.bury(broker.topology.dead_subject(address), stored.headers, stored.body, _death(result))
+        await broker.dead.bury(
+            broker.topology.dead_subject(address), stored.headers, stored.body, _death(result, address)
+        )
     await broker.calls.delete(stored.sequence)
 
 
@@ -67,8 +70,9 @@ async def quarantine_stored(broker: Broker, stored: Stored, reason: str) -> None
     await broker.calls.delete(stored.sequence)
 
 
-def _death(result: Result) -> Headers:
-    return _death_of(result.state, result.headers().get("Mesh-Error", ""))
+def _death(result: Result, address: Address) -> Headers:
+    death = _death_of(result.state, result.headers().get("Mesh-Error", ""))
+    return death if address.pool == SHARED_POOL else {**death, "Mesh-Pool": address.pool}
 
 
 def _death_of(state: State, error: str) -> Headers:
@@ -128,7 +132,8 @@ class Settler:
     async def _bury(self, lease: Lease, result: Result) -> None:
         assert lease.address is not None
         subject = self._broker.topology.dead_subject(lease.address)
-        await self.insist(lambda: self._broker.dead.bury(subject, lease.headers, lease.body, _death(result)))
+        death = _death(result, lease.address)
+        await self.insist(lambda: self._broker.dead.bury(subject, lease.headers, lease.body, death))
 
     async def quarantine(self, lease: Lease) -> None:
         """Put aside a message that is no call, with the reason; nobody waits for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from mesh.records import AttemptLog, WorkerRecord
 if TYPE_CHECKING:
     from mesh.broker import Broker, Stored
 
+_PAGE = 1024  # messages read at once where all are wanted
 _SCANNED = 20_000  # messages a filtered listing looks at before it says that it was cut
 
 
@@ -117,17 +119,36 @@ def why(workers: list[WorkerRecord], function: str, environment: str = "") -> st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Which calls a listing is about; what is empty matches all."""
+    """Which calls, or dead letters, are meant; what is empty matches all.
+
+    Attributes:
+        error: part of the last error, in any case. since, until: when it was made (a letter: when the call died), in
+            seconds since 1970.
+    """
 
     app: str = ""
     function: str = ""
     state: str = ""
+    error: str = ""
+    since: float = 0.0
+    until: float = float("inf")
 
-    def matches(self, status: CallStatus) -> bool:
+    def matches(self, *, app: str, function: str, state: str, error: str, at: float) -> bool:
         return (
-            (not self.app or status.app == self.app)
-            and (not self.function or status.function == self.function)
-            and (not self.state or status.state == self.state)
+            (not self.app or app == self.app)
+            and (not self.function or function == self.function)
+            and (not self.state or state == self.state)
+            and self.error.lower() in error.lower()
+            and self.since <= at <= self.until
+        )
+
+    def matches_call(self, status: CallStatus) -> bool:
+        return self.matches(
+            app=status.app,
+            function=status.function,
+            state=status.state,
+            error=status.last_error,
+            at=status.created,
         )
 
 
@@ -144,6 +165,20 @@ async def recent(broker: Broker, limit: int, wanted: Filter) -> tuple[list[CallS
     return merged[:limit], open_cut or ended_cut or len(merged) > limit
 
 
+async def unfinished(broker: Broker, wanted: Filter) -> AsyncIterator[CallStatus]:
+    """Every call that has not ended and matches, newest first."""
+    workers = await broker.workers.all()
+    before: int | None = None
+    while page := await broker.calls.newest(_PAGE, before):
+        before = page[-1].sequence
+        first = [(s, a) for s in page if (a := broker.calls.address(s)) is not None and a.index == 0]
+        logs = await broker.attempts.get_many([address.key for _, address in first])
+        for stored, address in first:
+            status = _unfinished(broker, address.call, stored, workers, logs.get(address.key))
+            if wanted.matches_call(status):
+                yield status
+
+
 async def _newest_open(
     broker: Broker, limit: int, wanted: Filter, workers: list[WorkerRecord]
 ) -> tuple[list[CallStatus], bool]:
@@ -156,7 +191,7 @@ async def _newest_open(
     first = [(s, a) for s, a in zip(stored, addresses, strict=True) if a is not None and a.index == 0]
     logs = await broker.attempts.get_many([a.key for _, a in first[: 2 * limit]])
     statuses = [_unfinished(broker, a.call, s, workers, logs.get(a.key)) for s, a in first]
-    matching = [status for status in statuses if wanted.matches(status)]
+    matching = [status for status in statuses if wanted.matches_call(status)]
     return matching[:limit], len(matching) > limit or len(stored) >= _SCANNED
 
 
@@ -176,5 +211,5 @@ async def _newest_ended(broker: Broker, limit: int, wanted: Filter) -> tuple[lis
             call, _, index = key.partition(".")
             if index == "0":
                 status = _finished(call, Result.decode(stored.headers, b""))
-                found += [status] if wanted.matches(status) else []
+                found += [status] if wanted.matches_call(status) else []
     return found[:limit], True

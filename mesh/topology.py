@@ -149,6 +149,16 @@ class Topology:
         app, function = escape(address.app), escape(address.function)
         return f"{self.root}.dead.{app}.{function}.{address.call}.{address.index}"
 
+    def dead_filter(self, *, call: str = "*") -> str:
+        return f"{self.root}.dead.*.*.{call}.*"
+
+    def parse_dead(self, subject: str) -> tuple[str, str, str, int] | None:
+        """App, function, call and index of a dead letter; `None` where it is no call's."""
+        tokens = subject.removeprefix(f"{self.root}.dead.").split(".")
+        if len(tokens) != 4 or not is_call_id(tokens[2]) or not _INDEX.fullmatch(tokens[3]):
+            return None
+        return unescape(tokens[0]), unescape(tokens[1]), tokens[2], int(tokens[3])
+
     def quarantine_subject(self, subject: str) -> str:
         """Where a message goes that is no call, with its reason: its own tokens, under `dead`."""
         return f"{self.root}.dead._malformed.{subject.removeprefix(f'{self.root}.call.')}"

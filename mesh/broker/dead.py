@@ -20,12 +20,12 @@ class Dead:
 
     async def bury(self, subject: str, headers: Mapping[str, str], body: bytes, death: Headers) -> None:
         """Store a copy of an input, with how it died; the same one twice is one."""
-        kept = _own(headers) | death
         try:
-            await self._store(subject, body, kept, last=0)
+            await self._store(subject, body, _own(headers) | death, last=0)
         except RequestSizeError:
             # The original was as large as a message may be. Its headers go before its body does.
             short = {name: text[:_LONGEST_ERROR] for name, text in death.items()}
+            short |= {name: headers[name] for name in ("Mesh-Version", "Mesh-Format") if name in headers}
             room = self._connection.largest_body(short)
             if len(body) > room:
                 short["Mesh-Truncated"] = str(len(body))
@@ -53,6 +53,14 @@ class Dead:
                 raise ConflictError("somebody else has just sent this letter again") from error
             raise
         await self.delete(stored.sequence)
+
+    async def of_call(self, call: str) -> list[Stored]:
+        """The letters of one call: one for each of its inputs that failed for good."""
+        return await self._connection.get_many(self._topology.dead, [self._topology.dead_filter(call=call)])
+
+    async def at(self, sequence: int) -> Stored | None:
+        """The letter with a number, which is how one is named that is no call's."""
+        return await self._connection.get_sequence(self._topology.dead, sequence)
 
     async def delete(self, sequence: int) -> bool:
         return await self._connection.delete(self._topology.dead, sequence)

@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 
 import mesh
-from mesh.cli import apps, calls, configuration, run, workers
+from mesh.cli import apps, calls, configuration, dead, run, workers
 from mesh.cli.render import ExitCode, exit_code, say_error
 from mesh.exception import Error, NotReadyError, ServerWarning
 
@@ -25,6 +25,7 @@ run.register(app)
 workers.register(app)
 app.add_typer(apps.app, name="app")
 app.add_typer(calls.app, name="call")
+app.add_typer(dead.app, name="dead")
 app.add_typer(configuration.app, name="config")
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from mesh import deploy
 from mesh.broker import Broker, translated
-from mesh.cli.options import Env, Json, Url, Yes, with_broker
+from mesh.cli.options import Env, Json, Url, Yes, confirm, with_broker
 from mesh.cli.render import ago, print_json, print_table, say
-from mesh.exception import InvalidError, NotFoundError
+from mesh.exception import NotFoundError
 from mesh.records import AppHead, AppState
 
 app = typer.Typer(help="See and stop what is deployed.", no_args_is_help=True)
@@ -81,10 +80,7 @@ def history(name: Name, env: Env = None, url: Url = None, json: Json = False) ->
 @app.command()
 def stop(name: Name, env: Env = None, url: Url = None, yes: Yes = False) -> None:
     """Stop an app: it takes no more calls, queued ones end failed with that reason, running ones finish."""
-    if not yes and not sys.stdin.isatty():
-        raise InvalidError(f"stopping {name!r} fails its queued calls; say --yes where nobody can be asked")
-    if not yes:
-        typer.confirm(f"Stop {name!r}? Its queued calls will fail.", abort=True)
+    confirm(f"Stop {name!r}? Its queued calls will fail.", yes)
 
     async def end(broker: Broker) -> None:
         if name.startswith("ap-"):

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from mesh import client
 from mesh.broker import Broker, translated
-from mesh.cli.options import Env, Json, Url, with_broker
+from mesh.cancel import cancel_input
+from mesh.cli import dead
+from mesh.cli.options import (
+    AppName,
+    Env,
+    ErrorText,
+    FunctionName,
+    Json,
+    Since,
+    Until,
+    Url,
+    Yes,
+    confirm,
+    parse_filter,
+    with_broker,
+)
 from mesh.cli.render import (
     ago,
     as_json,
@@ -18,16 +35,19 @@ from mesh.cli.render import (
     print_facts,
     print_json,
     print_table,
+    say,
     say_error,
     say_exception,
 )
 from mesh.config import Settings
 from mesh.exception import InvalidError, NotFoundError, NotReadyError
-from mesh.protocol import State, format_time, is_call_id
+from mesh.protocol import CancelRequest, State, format_time, is_call_id
 from mesh.sdk import FunctionCall
-from mesh.status import CallStatus, Filter, find_status, recent
+from mesh.status import CallStatus, Filter, find_status, recent, unfinished
 
-app = typer.Typer(help="See calls and their results.", no_args_is_help=True)
+app = typer.Typer(help="See calls and their results, cancel them, make them anew.", no_args_is_help=True)
+
+_TOGETHER = 256  # calls that are cancelled at once
 
 CallId = Annotated[str, typer.Argument(help="The call's id, fc-….", metavar="CALL")]
 
@@ -38,14 +58,15 @@ def list_calls(
     url: Url = None,
     json: Json = False,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="How many at most.")] = 50,
-    app_name: Annotated[str, typer.Option("--app", help="Only of this app.")] = "",
-    function: Annotated[str, typer.Option("--function", help="Only of this function.")] = "",
+    app_name: AppName = "",
+    function: FunctionName = "",
     state: Annotated[str, typer.Option("--state", help=f"Only in this state: {', '.join(State)}.")] = "",
+    error: ErrorText = "",
+    since: Since = "",
+    until: Until = "",
 ) -> None:
     """List the newest calls."""
-    if state and state not in list(State):
-        raise InvalidError(f"--state {state!r}: there are {', '.join(State)}")
-    wanted = Filter(app=app_name, function=function, state=state)
+    wanted = parse_filter(app_name, function, error, since, until, state)
 
     async def read(broker: Broker) -> tuple[list[CallStatus], bool]:
         async with translated("listing calls"):
@@ -126,6 +147,86 @@ def get(
         print_json(value)
     else:
         sys.stdout.write(f"{value if isinstance(value, str) else repr(value)}\n")
+
+
+@app.command()
+def cancel(
+    names: Annotated[list[str] | None, typer.Argument(help="Ids of calls.", metavar="[CALL]...")] = None,
+    env: Env = None,
+    url: Url = None,
+    json: Json = False,
+    app_name: AppName = "",
+    function: FunctionName = "",
+    error: ErrorText = "",
+    since: Since = "",
+    until: Until = "",
+    terminate: Annotated[bool, typer.Option("--terminate", help="Kill their containers at once.")] = False,
+    yes: Yes = False,
+) -> None:
+    """End calls: those named, or all that match. Returns once nothing of them runs."""
+    wanted = parse_filter(app_name, function, error, since, until)
+    if not names and wanted == Filter():
+        raise InvalidError("say which: ids, --app, --function, --error, --since, or --until")
+    for name in names or []:
+        _check_id(name)
+
+    async def matching(broker: Broker) -> list[str]:
+        async with translated("looking for calls"):
+            return [status.call async for status in unfinished(broker, wanted)]
+
+    calls = names or with_broker(env, url, matching)
+    if not names:
+        confirm(f"Cancel {len(calls):,} call{'' if len(calls) == 1 else 's'}?", yes)
+    request = CancelRequest(reason="by mesh call cancel", terminate=terminate)
+    states = with_broker(env, url, lambda broker: _cancel_all(broker, calls, request))
+    _report_cancelled(dict(zip(calls, states, strict=True)), json)
+
+
+async def _cancel_all(broker: Broker, calls: Sequence[str], request: CancelRequest) -> list[State | None]:
+    room = asyncio.Semaphore(_TOGETHER)
+
+    async def one(call: str) -> State | None:
+        async with room, translated(f"cancelling {call}"):
+            return await cancel_input(broker, call, request=request)
+
+    return await asyncio.gather(*map(one, calls))
+
+
+def _report_cancelled(states: dict[str, State | None], json: bool) -> None:
+    unknown = [call for call, state in states.items() if state is None]
+    if json:
+        print_json([{"call": call, "state": state.value if state else None} for call, state in states.items()])
+    else:
+        cancelled = sum(state is State.CANCELLED for state in states.values())
+        say(f"[green]✓[/] {cancelled:,} cancelled")
+        for call, state in states.items():
+            if state not in (None, State.CANCELLED):
+                say_error(f"{call} had ended before: it is {state}", "note")
+    if unknown:
+        raise NotFoundError(f"there is no call {', '.join(unknown)}: never made here, or its result is gone")
+
+
+@app.command()
+def retry(
+    names: Annotated[list[str] | None, typer.Argument(help="Ids of calls.", metavar="[CALL]...")] = None,
+    env: Env = None,
+    url: Url = None,
+    json: Json = False,
+    app_name: AppName = "",
+    function: FunctionName = "",
+    error: ErrorText = "",
+    since: Since = "",
+    until: Until = "",
+    again: dead.Again = False,
+    yes: Yes = False,
+) -> None:
+    """Make failed calls anew, with their arguments: those named, or all that match. The old results stay."""
+    wanted = parse_filter(app_name, function, error, since, until)
+    if not names and wanted == Filter():
+        raise InvalidError("say which: ids, --app, --function, --error, --since, or --until")
+    for name in names or []:
+        _check_id(name)
+    dead.send_again(names or [], wanted, env, url, json, again=again, yes=yes)
 
 
 def _check_id(call: str) -> None:
