@@ -26,15 +26,13 @@ class Dead:
             # The original was as large as a message may be. Its headers go before its body does.
             short = {name: text[:_LONGEST_ERROR] for name, text in death.items()}
             short |= {name: headers[name] for name in ("Mesh-Version", "Mesh-Format") if name in headers}
-            room = self._connection.largest_body(short)
-            if len(body) > room:
-                short["Mesh-Truncated"] = str(len(body))
-            await self._store(subject, body[:room], short, last=0)
+            cut = short | {"Mesh-Truncated": str(len(body))}
+            room = self._connection.largest_body(cut | _after(0))
+            await self._store(subject, body[:room], cut if len(body) > room else short, last=0)
 
     async def _store(self, subject: str, body: bytes, headers: Headers, last: int) -> None:
         try:
-            condition = {"Nats-Expected-Last-Subject-Sequence": str(last)}
-            await self._connection.store(subject, body, headers | condition)
+            await self._connection.store(subject, body, headers | _after(last))
         except StoreError as error:
             if error.code != WRONG_LAST_SEQUENCE or last:
                 raise
@@ -68,6 +66,11 @@ class Dead:
     async def newest(self, count: int, before: int | None = None) -> list[Stored]:
         """Letters, newest first; `before` a sequence, to go on from there."""
         return await self._connection.get_newest(self._topology.dead, count, before)
+
+
+def _after(sequence: int) -> Headers:
+    """The condition of a write: this is the newest letter of its subject; 0 means that there is none."""
+    return {"Nats-Expected-Last-Subject-Sequence": str(sequence)}
 
 
 def _own(headers: Mapping[str, str]) -> Headers:
