@@ -168,6 +168,8 @@ class Worker:
                     await done
             except (Unanswered, NoResponders, StoreError, Error) as error:
                 logger.debug("%s: %r", getattr(duty, "__name__", duty), error)
+            except Exception:  # a fault of ours: said, and no reason to leave the duty undone from now on
+                logger.exception("%s failed", getattr(duty, "__name__", duty))
 
     async def _drain(self) -> ExitCode:
         """Take nothing new, let running inputs finish within the grace, and hand back the rest at once."""
