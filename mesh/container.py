@@ -126,6 +126,7 @@ class Container:
         self._cancel_grace = cancel_grace
         self._assignments: dict[int, Assignment] = {}
         self._has_process = False
+        self._was_told = False
         self._transport: asyncio.Transport | None = None
         self._outgoing: list[bytes] = []
         self._finished = asyncio.Event()
@@ -175,6 +176,7 @@ class Container:
         self._loop.add_reader(self._pidfd, self._on_process_end)
         await self._loop.create_unix_connection(lambda: _Conversation(self), sock=ours)
         self._send(start)
+        self._was_told = True
         if self.stopping:
             self._say_stop()
         self._timers.append(self._loop.call_later(limit, self._start_took_too_long, limit))
@@ -258,12 +260,12 @@ class Container:
     def stop(self) -> None:
         """Let it finish what it has and exit; killed if its clean-up takes longer than the grace after that.
 
-        One that is not started yet must not be; one that is just being started is told as soon as it listens.
+        One that is not started yet must not be; one that is just being started is told after what it is to be.
         """
         if self.stopping:
             return
         self.stopping = True
-        if self._transport is not None:
+        if self._was_told:
             self._say_stop()
 
     def _say_stop(self) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+import pytest
+
 from mesh import serialization
 from mesh.config import Settings
 from mesh.container import Assignment, Container, Exit, environment
@@ -71,11 +73,14 @@ async def test_a_container_is_stopped_and_killed_before_it_is_started() -> None:
     assert listener.said == []
 
 
-async def test_a_container_that_is_stopped_while_it_is_started_ends_well() -> None:
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_container_that_is_stopped_while_it_is_started_ends_well(turns: int) -> None:
+    """Whenever it is: before the conversation begins, or before the container was told what to be."""
     listener = Listener()
     container = Container("c", listener, 30)
     starting = asyncio.create_task(container.start(start_frame(), environment({}, {}), 30))
-    await asyncio.sleep(0)  # the process is there, the conversation is not
+    for _ in range(1 + turns):
+        await asyncio.sleep(0)
     container.stop()
     await starting
     began = time.monotonic()
