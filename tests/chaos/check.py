@@ -1,9 +1,10 @@
 """What ledger, executions, faults and store say together: the figures of a run, and what is wrong. Pure.
 
-The bound on extra executions: an input runs again only because its execution was interrupted, or because its worker
-could not keep its lease. So between two executions of one call more than its kind has, there must have been a fault
-that hit the container, the worker or the server of one of them; one fault explains one more execution of each input
-that was under way, and none of any other.
+The bound on extra executions: an input runs once more only because its execution was interrupted, or because a worker
+that had it (perhaps not even begun) could not keep its lease. So for each execution more than its kind has, there must
+have been a fault of its own while the call was under way, that hit the container of the execution before it, or the
+worker or the server of one of the two. One fault explains one more execution of each input that was under way there,
+and none of any other.
 """
 
 from __future__ import annotations
@@ -126,23 +127,28 @@ def _check_executions(
         if id not in owners:
             continue
         extra = len(runs) - KINDS[owners[id].kind].executions
-        reasons = [reason for pair in itertools.pairwise(runs) if (reason := explain(*pair, interrupting))]
-        if extra > 0:
-            report.extra.update(reasons[:extra])
+        reasons = explanations(owners[id].tried, runs, interrupting)
+        report.extra.update(hit.fault.value for hit in reasons[: max(0, extra)])
         if extra > len(reasons):
             report.unexplained += extra - len(reasons)
             times = ", ".join(f"{run.at:.2f} in {run.container} of {run.worker}" for run in runs)
             report.wrong.append((id, f"ran {len(runs)} times, and only {len(reasons)} were interrupted: {times}"))
 
 
-def explain(run: Execution, again: Execution, hits: Iterable[Hit]) -> str:
-    """The fault that made an input run `again`; empty if there was none."""
-    for hit in hits:
-        if hit.start <= again.at and hit.end >= run.at:
-            workers = {run.worker, again.worker}
-            if hit.everyone or run.container in hit.containers or workers & hit.workers:
-                return hit.fault.value
-    return ""
+def explanations(tried: float, runs: list[Execution], hits: Iterable[Hit]) -> list[Hit]:
+    """The faults that made an input, submitted at `tried`, run again; each explains one more execution only."""
+    found: list[Hit] = []
+    for run, again in itertools.pairwise(runs):
+        fitting = (hit for hit in hits if hit not in found and _explains(hit, tried, run, again))
+        found += itertools.islice(fitting, 1)
+    return found
+
+
+def _explains(hit: Hit, tried: float, run: Execution, again: Execution) -> bool:
+    if not (tried <= hit.end and hit.start <= again.at):
+        return False
+    interrupted = run.container in hit.containers and hit.end >= run.at
+    return interrupted or hit.everyone or bool({run.worker, again.worker} & hit.workers)
 
 
 def _check_leftovers(before: Contents, after: Contents, report: Report) -> None:

@@ -18,7 +18,7 @@ from tests.support import ROOT, Mesh, WorkerProcess, until
 
 WORKERS = (False, True, True)  # whether each connects through the proxy
 CLIENTS = (False, True, True)
-CONTAINERS = 10  # of each worker
+CONTAINERS = 16  # of each worker
 SYNC = "2m"  # a SIGKILL leaves what the kernel has been given; only a loss of power would not
 DRAIN_LIMIT = 60.0  # seconds a worker may take to stop
 _UNREACHABLE = 6  # the exit code of who finds no server when it starts
@@ -67,8 +67,7 @@ class Fleet:
         """Workers first: that calls wait while nobody is there yet is no news."""
         for proxied in WORKERS:
             self.seats.append(self._start("worker", proxied))
-        for seat in self.seats:
-            until(lambda seat=seat: "is ready" in seat.log.read_text(), 60, f"{seat.log.stem} is ready")
+        until(lambda: all("is ready" in seat.log.read_text() for seat in self.seats), 60, "the workers are ready")
         for proxied in CLIENTS:
             self.seats.append(self._start("client", proxied))
 

@@ -100,7 +100,7 @@ def large(directory: str, nonce: str, n: int, data: bytes) -> bytes:
     return data
 
 
-@app.function(timeout=1)
+@app.function(timeout=1, startup_timeout=60)
 def late(directory: str, nonce: str, n: int) -> int:
     _note(directory, nonce)
     time.sleep(60)

@@ -16,7 +16,7 @@ from tests.chaos import store
 from tests.chaos.check import Report, check
 from tests.chaos.fleet import SYNC, Fleet, left_over
 from tests.chaos.ledger import Book
-from tests.chaos.nemesis import Nemesis
+from tests.chaos.nemesis import Hit, Nemesis
 from tests.chaos.plan import plan
 from tests.chaos.proxy import Proxy
 from tests.support import Mesh, new_mesh
@@ -42,6 +42,7 @@ class Run:
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="mesh-chaos-")))
     book: Book = field(init=False)
+    _hits: list[Hit] = field(default_factory=list[Hit])
     _said: float = 0.0
 
     def __post_init__(self) -> None:
@@ -67,6 +68,7 @@ class Run:
             fleet.start()
             nemesis = Nemesis(fleet, plan(self.seed, self.seconds))
             nemesis.run(self.seconds, lambda: self._progress(nemesis))
+            self._hits = nemesis.hits
             self._end(fleet)
             after = mesh.ask(store.read)
         finally:
@@ -128,7 +130,10 @@ class Run:
     def _about(self, id: str) -> list[str]:
         """What ledger, executions and the workers' logs have of a call."""
         known = [line for call in self.book.calls.values() if id in call.ids for line in call.lines]
-        known += [f"{run}" for run in self.book.executions.get(id, [])]
+        runs = self.book.executions.get(id, [])
+        known += [f"{run}" for run in runs]
+        times = [call.tried for call in self.book.calls.values() if id in call.ids] + [run.at for run in runs]
+        known += [f"{hit}" for hit in self._hits if hit.end >= min(times) and hit.start <= max(times)] if times else []
         for log in sorted(self.directory.glob("worker-*.log")):
             known += [f"{log.stem}: {line}" for line in log.read_text(errors="replace").splitlines() if id in line]
         return known
