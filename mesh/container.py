@@ -125,7 +125,8 @@ class Container:
         self._listener = listener
         self._cancel_grace = cancel_grace
         self._assignments: dict[int, Assignment] = {}
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"mesh-{name}-"))
+        self._has_process = False
+        self._was_told = False
         self._transport: asyncio.Transport | None = None
         self._outgoing: list[bytes] = []
         self._finished = asyncio.Event()
@@ -144,6 +145,7 @@ class Container:
             limit: seconds until it must be ready.
         """
         self._loop = asyncio.get_running_loop()
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"mesh-{self.name}-"))
         ours, theirs = socket.socketpair()
         self._control, their_control = socket.socketpair()
         pipes = [os.pipe(), os.pipe()]
@@ -159,6 +161,7 @@ class Container:
             env=own,
             start_new_session=True,
         )
+        self._has_process = True
         theirs.close()
         their_control.close()
         for stream, (read, write) in enumerate(pipes, 1):
@@ -173,6 +176,9 @@ class Container:
         self._loop.add_reader(self._pidfd, self._on_process_end)
         await self._loop.create_unix_connection(lambda: _Conversation(self), sock=ours)
         self._send(start)
+        self._was_told = True
+        if self.stopping:
+            self._say_stop()
         self._timers.append(self._loop.call_later(limit, self._start_took_too_long, limit))
 
     def _start_took_too_long(self, limit: float) -> None:
@@ -252,10 +258,17 @@ class Container:
     # --- ending ------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Let it finish what it has and exit; killed if its clean-up takes longer than the grace after that."""
+        """Let it finish what it has and exit; killed if its clean-up takes longer than the grace after that.
+
+        One that is not started yet must not be; one that is just being started is told after what it is to be.
+        """
         if self.stopping:
             return
         self.stopping = True
+        if self._was_told:
+            self._say_stop()
+
+    def _say_stop(self) -> None:
         self._send(Stop())
         if not self._assignments:
             self._limit_stop()
@@ -267,7 +280,7 @@ class Container:
     def kill(self, reason: str) -> None:
         """End it and everything it started, now."""
         self.stopping = True
-        if not self.exited:
+        if self._has_process and not self.exited:
             self._killed = self._killed or reason
             self._kill_group()
 

@@ -427,7 +427,7 @@ class Pool:
     # --- what containers say (Listener) ------------------------------------------------------------------------------
 
     def on_ready(self, container: Container) -> None:
-        self._backoff, self._start_error = 0.0, ""
+        self._backoff, self._retry_at, self._start_error = 0.0, 0.0, ""
         self.feed()
 
     def on_start_failed(self, container: Container, failure: Failure) -> None:

@@ -91,6 +91,7 @@ class Worker:
         self._signals = 0
         self._started = time.time()
         self._pulling_from = 0.0
+        self._resuming: asyncio.Task[None] | None = None
         self._announced = 0.0
         self._announcement: tuple[tuple[str, ...], dict[str, str]] = (), {}
         self._presence = 0
@@ -130,7 +131,7 @@ class Worker:
         self.puller = Puller(self.broker.connection, self.broker.topology, self._on_lease, self._on_void)
         events = self.broker.connection.events
         events.disconnected.append(self._on_disconnected)
-        events.reconnected.append(lambda: self.background.spawn(self._on_reconnected()))
+        events.reconnected.append(self._on_reconnected)
         events.closed.append(self._stop.set)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -173,6 +174,8 @@ class Worker:
                     await done
             except (Unanswered, NoResponders, StoreError, Error) as error:
                 logger.debug("%s: %r", getattr(duty, "__name__", duty), error)
+            except Exception:  # a fault of ours: said, and no reason to leave the duty undone from now on
+                logger.exception("%s failed", getattr(duty, "__name__", duty))
 
     async def _drain(self) -> ExitCode:
         """Take nothing new, let running inputs finish within the grace, and hand back the rest at once."""
@@ -398,16 +401,23 @@ class Worker:
             pool.cancel(held, request)
 
     def _on_disconnected(self) -> None:
+        if self._resuming is not None:
+            self._resuming.cancel()
         if self.draining:
             return
         logger.warning("the server is away; what runs goes on")
         self.puller.void_all()
 
-    async def _on_reconnected(self) -> None:
-        """Renew everything first, so that nothing is delivered to somebody else; then, after a moment, ask again."""
-        pause = random.uniform(*_SETTLE_DOWN)
-        self._pulling_from = time.monotonic() + pause
+    def _on_reconnected(self) -> None:
+        self._pulling_from = time.monotonic() + random.uniform(*_SETTLE_DOWN)
         self.examiner.on_reconnected()
+        self._resuming = self.background.spawn(self._resume())
+
+    async def _resume(self) -> None:
+        """Renew everything first, so that nothing is delivered to somebody else; then, after a moment, ask again.
+
+        Ends with the connection: the next one begins anew, and its server may have forgotten what this one knew.
+        """
         for held in list(self._held.values()):
             await held.lease.renew()
         logger.info("the server is back")
@@ -415,9 +425,9 @@ class Worker:
         await self.settler.insist(self._announce)
         self.examiner.trust_from(await self.settler.insist(lambda: self.broker.workers.server_time(self.name)))
         await asyncio.sleep(max(0.0, self._pulling_from - time.monotonic()))
-        await self._read_heads()
         for pool in list(self._pools.values()):
             pool.feed()
+        await self.settler.insist(self._read_heads)
 
     # --- room --------------------------------------------------------------------------------------------------------
 

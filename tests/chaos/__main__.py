@@ -1,0 +1,64 @@
+"""`python -m tests.chaos`: one run, its figures, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+from tests.chaos.check import Report
+from tests.chaos.fleet import SYNC
+from tests.chaos.run import Run
+
+
+def figures(report: Report, seed: int, seconds: float) -> list[str]:
+    """What a run came to, for people."""
+    faults = ", ".join(f"{fault} {count}" for fault, count in sorted(report.faults.items()))
+    extra = ", ".join(f"{fault} {count}" for fault, count in sorted(report.extra.items()))
+    ended = {state: report.states.get(state, 0) for state in ("succeeded", "failed", "timed_out", "cancelled")}
+    return [
+        f"seed {seed}, {seconds:g} s of faults, written to disk: {SYNC}",
+        f"submitted         {report.submitted:,} ({report.unsure} without an answer, {report.refused} refused)",
+        f"accepted          {report.accepted:,}",
+        *(f"{state:17} {count:,}" for state, count in ended.items()),
+        f"lost              {report.lost}",
+        f"doubled results   {report.doubled}",
+        f"executions        {report.executions:,}",
+        f"extra executions  {sum(report.extra.values())} ({extra or 'none'}), unexplained {report.unexplained}",
+        f"gets interrupted  {report.interrupted}",
+        f"longest stall     {report.longest_stall:.1f} s",
+        f"faults            {sum(report.faults.values())} ({faults})",
+    ]
+
+
+def main() -> int:
+    """Returns 0 if nothing is wrong, else 1; 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="dev chaos", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=300, help="of faults; 300 by default")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="of what goes wrong, and when")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run = Run(options.seed, options.seconds)
+    print(f"seed {options.seed}, in {run.directory}", file=sys.stderr)
+    try:
+        report = run.run()
+    except KeyboardInterrupt:
+        print("interrupted; everything has been ended", file=sys.stderr)
+        return 130
+    print("\n".join(figures(report, options.seed, options.seconds)))
+    if options.json:
+        values = {"seed": options.seed, "seconds": options.seconds, "sync": SYNC, **dataclasses.asdict(report)}
+        options.json.write_text(json.dumps(values, indent=2) + "\n")
+    if report.wrong:
+        print("\n".join(run.explained(report)))
+        print(f"wrong: {len(report.wrong)}; again with --seed {options.seed}; logs in {run.directory}")
+    return 1 if report.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

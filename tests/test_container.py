@@ -1,0 +1,105 @@
+"""The worker's side of a container, where its end comes before its beginning."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from mesh import serialization
+from mesh.config import Settings
+from mesh.container import Assignment, Container, Exit, environment
+from mesh.frames import Outcome, Start
+from mesh.protocol import Failure
+from mesh.records import Code
+from mesh.worker import Worker
+
+
+class Listener:
+    """Notes what a container says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def on_ready(self, container: Container) -> None:
+        self.said.append("ready")
+
+    def on_start_failed(self, container: Container, failure: Failure) -> None:
+        self.said.append(f"start failed: {failure.summary}")
+
+    def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None:
+        self.said.append("outcome")
+
+    def on_dropped(self, container: Container, assignment: Assignment) -> None:
+        self.said.append("dropped")
+
+    def on_output(self, container: Container, assignment: Assignment | None, stream: int, text: str) -> None:
+        self.said.append(text)
+
+    def on_waiting(self, container: Container) -> None:
+        self.said.append("waiting")
+
+    def on_timeout(self, container: Container, assignment: Assignment) -> None:
+        self.said.append("timeout")
+
+    def on_exit(self, container: Container, lost: Sequence[Assignment], exit: Exit) -> None:
+        self.said.append(exit.text)
+
+
+def start_frame() -> Start:
+    code = Code(pickled=serialization.dumps(len))
+    return Start(
+        app="a",
+        function="f",
+        version="1",
+        environment="main",
+        worker="w",
+        container="c",
+        code=code.to_json(),
+        bundle="",
+        result_limit=1 << 20,
+    )
+
+
+async def test_a_container_is_stopped_and_killed_before_it_is_started() -> None:
+    """Its code is still being fetched, and room is wanted: its pool sees that it is stopping, and drops it."""
+    listener = Listener()
+    container = Container("c", listener, 30)
+    container.stop()
+    assert container.stopping
+    container.kill("no more room")
+    assert listener.said == []
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_container_that_is_stopped_while_it_is_started_ends_well(turns: int) -> None:
+    """Whenever it is: before the conversation begins, or before the container was told what to be."""
+    listener = Listener()
+    container = Container("c", listener, 30)
+    starting = asyncio.create_task(container.start(start_frame(), environment({}, {}), 30))
+    for _ in range(1 + turns):
+        await asyncio.sleep(0)
+    container.stop()
+    await starting
+    began = time.monotonic()
+    await container.ended()
+    assert listener.said == ["ready", "exited with status 0"]
+    assert time.monotonic() - began < 20  # not by being killed after its grace of 30 s
+
+
+async def test_a_duty_that_fails_is_done_again() -> None:
+    worker = Worker(Settings())
+    times = 0
+
+    def duty() -> None:
+        nonlocal times
+        times += 1
+        raise AttributeError("a fault of ours")
+
+    doing = asyncio.create_task(worker._regularly(0.001, duty))
+    async with asyncio.timeout(10):
+        while times < 3:
+            await asyncio.sleep(0.001)
+    doing.cancel()
