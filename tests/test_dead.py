@@ -55,7 +55,7 @@ def letters(mesh: Mesh, *arguments: str) -> list[dict[str, Any]]:
 def dead(mesh: Mesh, *calls: FunctionCall[Any]) -> None:
     """Wait until these calls have failed."""
     for call in calls:
-        with pytest.raises(Exception, match="no use|timeout"):
+        with pytest.raises(Exception, match=r"no use|timeout"):
             call.get(timeout=20)
 
 
