@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.chaos.check import Report
+from tests.chaos.check import Report, too_tame
 from tests.chaos.fleet import SYNC
 from tests.chaos.run import Run
 
@@ -50,6 +50,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; everything has been ended", file=sys.stderr)
         return 130
+    report.wrong += [("", text) for text in too_tame(report, options.seconds)]
     print("\n".join(figures(report, options.seed, options.seconds)))
     if options.json:
         values = {"seed": options.seed, "seconds": options.seconds, "sync": SYNC, **dataclasses.asdict(report)}

@@ -21,9 +21,9 @@ from mesh.exception import ConnectionError, NotReadyError
 from tests.chaos.kinds import KINDS, Kind, payload, raised, told
 from tests.chaos.ledger import Ledger
 
-LANES = 60  # of which a third use the blocking face, each in a thread
+LANES = 24  # of which a third use the blocking face, each in a thread
 _HOW = ("spawn", "spawn", "spawn", "remote", "leave")
-_PAUSE = (0.0, 0.6)  # seconds between two calls of a lane
+_PAUSE = (0.0, 0.2)  # seconds between two calls of a lane
 
 Face = Callable[..., Coroutine[Any, Any, Any]]
 

@@ -75,7 +75,7 @@ class Run:
             fleet.close()
         remaining = left_over(mesh.settings.environment)
         self.book.read()
-        report = check(self.book, nemesis.hits, before, after, self.seconds)
+        report = check(self.book, nemesis.hits, before, after)
         report.wrong += [("", text) for text in fleet.wrong]
         report.wrong += [("", f"process {pid} was left behind") for pid in remaining]
         return report
