@@ -339,7 +339,8 @@ class Pool:
     # --- containers --------------------------------------------------------------------------------------------------
 
     def _start_container(self) -> None:
-        container = Container(self._worker.new_container_name(), self, self._worker.settings.cancel_grace)
+        name, grace = self._worker.new_container_name(), self._worker.settings.cancel_grace
+        container = Container(name, self, grace, self._worker.memory)
         self.containers.append(container)
         self._versions[container] = self.record.version
         self._worker.background.spawn(self._start(container, self.record))
@@ -362,10 +363,11 @@ class Pool:
             if container.stopping:  # asked to while its code was being fetched
                 self._drop(container)
                 return
-            await container.start(start, variables, record.spec.start_limit)
+            await container.start(start, variables, record.spec.start_limit, record.spec.memory)
         except (Error, OSError) as error:
+            self.on_start_failed(container, failure(type(error), str(error)))
             self._drop(container)
-            self._start_failed(failure(type(error), str(error)))
+            self.feed()
 
     def _drop(self, container: Container) -> None:
         self.containers.remove(container)
@@ -438,7 +440,8 @@ class Pool:
         self._worker.changed()
 
     def on_exit(self, container: Container, lost: Sequence[Assignment], exit: Exit) -> None:
-        logger.log(logging.WARNING if lost else logging.DEBUG, "%s %s %s", container.name, self.key.path, exit.text)
+        level = logging.WARNING if lost or exit.out_of_memory else logging.DEBUG
+        logger.log(level, "%s %s %s", container.name, self.key.path, exit.text)
         for assignment in reversed(lost):
             if assignment.began:
                 self._settle(assignment.owner, _lost(assignment, exit))
@@ -490,7 +493,8 @@ def _lost(assignment: Assignment, exit: Exit) -> Execution:
     started = time.time() - (time.monotonic() - assignment.began)
     if assignment.stopped:
         return _stopped(assignment, started)
-    return Execution(kind=Kind.CRASHED, text=f"container {exit.text}", started=started)
+    kind = Kind.OUT_OF_MEMORY if exit.out_of_memory else Kind.CRASHED
+    return Execution(kind=kind, text=f"container {exit.text}", started=started)
 
 
 def _report(held: Held, key: PoolKey, verdict: Final | Again) -> None:
