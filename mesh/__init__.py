@@ -13,6 +13,7 @@ from mesh.context import (
     enable_output,
     interact,
     is_local,
+    last_error,
 )
 from mesh.exception import Error
 from mesh.sdk import Function, FunctionCall
@@ -85,6 +86,7 @@ __all__ = [
     "forward",
     "interact",
     "is_local",
+    "last_error",
     "method",
     "parameter",
     "web_endpoint",

@@ -244,7 +244,9 @@ class App:
         Args:
             env: variables set in its containers; entries that are `None` are left out.
             serialized: send the function by value: needed where it is not defined at the top level of a module.
-            cpu: cores, memory: MiB that a container needs; of a pair, the limit counts.
+            cpu: cores that a container needs; of a pair, the limit counts.
+            memory: MiB that a container and what it starts may use, at least 16; it is killed above that. Of a pair as
+                in Modal, request and limit, the limit counts; unlike there, a single number is a limit too.
             min_containers, max_containers, buffer_containers: bounds of its pool.
             scaledown_window: seconds an idle container is kept; 60 by default.
             retries: tries after the first; a number means one second apart, `mesh.Retries` says more.

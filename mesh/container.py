@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mesh import frames
-from mesh.exception import FunctionTimeoutError, InternalFailure
+from mesh.exception import FunctionTimeoutError, InternalFailure, OutOfMemoryError
 from mesh.frames import Cancel, Drop, Dropped, Frame, Log, Outcome, Ready, Start, StartFailed, Stop, Waiting, Work
+from mesh.memory import MIB, MemoryWatch
 from mesh.protocol import Failure, failure
 
 logger = logging.getLogger("mesh.worker")
 
-FORCE_AFTER = 5.0  # seconds after which a cancelled task that blocks its loop is interrupted
+FORCE_AFTER = 5.0  # seconds after which a cancelled task that blocks its loop is interrupted; half the grace at most
 _LAST_WORDS = 1.0  # seconds to read what a container wrote before it ended
 _KEPT_VARIABLES = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
@@ -51,15 +52,19 @@ class Exit:
     Attributes:
         code: its exit status, or minus the signal that killed it. killed: by us, and why.
         peak: the most memory it used, in bytes.
+        out_of_memory: who killed it for that, and at which limit; empty if it ended otherwise.
     """
 
     code: int
     killed: str
     peak: int
+    out_of_memory: str = ""
 
     @property
     def text(self) -> str:
         """A few words for logs and errors."""
+        if self.out_of_memory:
+            return f"out of memory: {self.out_of_memory}, peak {self.peak / MIB:,.0f} MiB"
         if self.killed:
             return f"killed: {self.killed}"
         if self.code < 0:
@@ -113,7 +118,7 @@ class Container:
         idle_since: monotonic time since when it has nothing to do. served: inputs it has finished.
     """
 
-    def __init__(self, name: str, listener: Listener, cancel_grace: float) -> None:
+    def __init__(self, name: str, listener: Listener, cancel_grace: float, watch: MemoryWatch) -> None:
         self.name = name
         self.started = time.monotonic()
         self.ready = False
@@ -124,6 +129,8 @@ class Container:
         self.idle_since = time.monotonic()
         self._listener = listener
         self._cancel_grace = cancel_grace
+        self._watch = watch
+        self._memory: int | None = None
         self._assignments: dict[int, Assignment] = {}
         self._has_process = False
         self._was_told = False
@@ -132,20 +139,22 @@ class Container:
         self._finished = asyncio.Event()
         self._said_all = asyncio.Event()
         self._killed = ""
+        self._exceeded = False
         self._start_failed = False
         self._timers: list[asyncio.TimerHandle] = []
         self._pipes: dict[int, tuple[int, Any]] = {}
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
-    async def start(self, start: Start, variables: Mapping[str, str], limit: float) -> None:
+    async def start(self, start: Start, variables: Mapping[str, str], limit: float, memory: int | None) -> None:
         """Start the process. It is told what to be at once; `on_ready` follows, or `on_exit`.
 
         Args:
-            limit: seconds until it must be ready.
+            limit: seconds until it must be ready. memory: MiB that it and what it starts may use; `None`: no limit.
         """
         self._loop = asyncio.get_running_loop()
         self._scratch = Path(tempfile.mkdtemp(prefix=f"mesh-{self.name}-"))
+        self._memory = memory
         ours, theirs = socket.socketpair()
         self._control, their_control = socket.socketpair()
         pipes = [os.pipe(), os.pipe()]
@@ -174,6 +183,7 @@ class Container:
         self._loop.add_reader(self._control, self._on_control)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._loop.add_reader(self._pidfd, self._on_process_end)
+        self._watch.enter(self._process.pid, None if memory is None else memory * MIB, self._on_memory_exceeded)
         await self._loop.create_unix_connection(lambda: _Conversation(self), sock=ours)
         self._send(start)
         self._was_told = True
@@ -225,7 +235,7 @@ class Container:
         assignment.timers.append(self._loop.call_later(assignment.timeout, self._listener.on_timeout, self, assignment))
 
     def cancel(self, assignment: Assignment, reason: str) -> None:
-        """Interrupt one input, by the ladder: raise in it; at 5 s also where it blocks its loop; at last kill it.
+        """Interrupt one input, by the ladder: raise in it; later also where it blocks its loop; at last kill it.
 
         Its `finally` blocks have the grace to end.
         """
@@ -235,7 +245,7 @@ class Container:
         self._signal(Cancel(assignment.work.seq, False))
         force = Cancel(assignment.work.seq, True)
         assignment.timers += [
-            self._loop.call_later(min(FORCE_AFTER, self._cancel_grace), self._signal, force),
+            self._loop.call_later(min(FORCE_AFTER, self._cancel_grace / 2), self._signal, force),
             self._loop.call_later(
                 self._cancel_grace, self.kill, f"it went on for {self._cancel_grace:g} s after {reason}"
             ),
@@ -283,6 +293,10 @@ class Container:
         if self._has_process and not self.exited:
             self._killed = self._killed or reason
             self._kill_group()
+
+    def _on_memory_exceeded(self) -> None:
+        self._exceeded = True
+        self.kill("out of memory")
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -398,8 +412,20 @@ class Container:
         _, status, usage = os.wait4(self._process.pid, 0)
         self._process.returncode = os.waitstatus_to_exitcode(status)
         self._kill_group()  # what it started ends with it
-        exit = Exit(self._process.returncode, self._killed, usage.ru_maxrss * 1024)
+        peak = max(usage.ru_maxrss * 1024, self._watch.leave(self._process.pid))
+        exit = Exit(self._process.returncode, self._killed, peak, self._out_of_memory(self._process.returncode))
         self._ending = self._loop.create_task(self._end(exit))
+
+    def _out_of_memory(self, code: int) -> str:
+        """Who killed it for using too much memory, and at which limit. Of our own kill we know; a SIGKILL that is not
+        ours was the system's if that has just killed something for want of memory."""
+        if self._exceeded:
+            who = "killed by its worker"
+        elif code == -signal.SIGKILL and not self._killed and self._watch.system_killed():
+            who = "killed by the system's out-of-memory killer"
+        else:
+            return ""
+        return f"{who}, {f'limit {self._memory:,} MiB' if self._memory else 'no limit of its own'}"
 
     async def _end(self, exit: Exit) -> None:
         with contextlib.suppress(TimeoutError):
@@ -408,8 +434,9 @@ class Container:
         for pipe in self._pipes:
             self._drain_pipe(pipe)
         self.exited = self.stopping = True
-        if not (self.ready or self._start_failed or self._killed):
-            self._fail_start(failure(InternalFailure, f"its container {exit.text} while it started"))
+        if not (self.ready or self._start_failed) and (exit.out_of_memory or not exit.killed):
+            kind = OutOfMemoryError if exit.out_of_memory else InternalFailure
+            self._fail_start(failure(kind, f"its container {exit.text} while it started"))
         lost = self.assignments
         self._assignments.clear()
         for assignment in lost:

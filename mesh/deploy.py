@@ -166,6 +166,9 @@ def describe(definition: Definition, source: Source, app: str) -> tuple[Function
         code = dataclasses.replace(code, pickled=b"", digest=hashlib.sha256(large).hexdigest())
     digest = source.bundle.digest if source.bundle else ""
     spec = definition.function.spec
+    main = serialization.main_name()
+    if spec.retries is not None and main is not None and not code.by_value:
+        spec = dataclasses.replace(spec, retries=spec.retries.with_main_as(main))
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     version = hashlib.sha256(json.dumps([digest, identity, spec.to_json(), python], sort_keys=True).encode())
     return FunctionRecord(

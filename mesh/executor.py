@@ -37,6 +37,7 @@ _LOWEST_DESCRIPTOR = 100  # sockets are moved above this: programs use the low o
 _MAX_LINE = 8 << 10  # characters of one line of output
 _MAX_OUTPUT = 1 << 20  # characters of output of one input
 _READ_SIZE = 1 << 16
+_OOM_SCORE = 800  # of 1,000; a worker has 0 as a rule
 
 
 class Wire:
@@ -524,6 +525,14 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)  # it died before that was set
 
 
+def _go_first_when_out_of_memory() -> None:
+    """The system shall kill containers before their worker; what they start inherits that. Raising needs no rights."""
+    score = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError):  # there is no such thing here
+        if int(score.read_text()) < _OOM_SCORE:
+            score.write_text(str(_OOM_SCORE))
+
+
 def _replace_output(wire: Wire) -> tuple[Output, Output]:
     streams: list[TextIO] = [sys.stdout, sys.stderr]
     for stream in streams:
@@ -538,6 +547,7 @@ def main() -> NoReturn:
     """Serve as a container until the worker says stop. Never returns into the interpreter's own clean-up."""
     protocol, control, parent = (int(argument) for argument in sys.argv[1:4])
     _die_with_parent(parent)
+    _go_first_when_out_of_memory()
     faulthandler.enable(2)  # a segfault leaves a traceback in the function's output
     wire = Wire(_moved(protocol), _moved(control))
     start = wire.receive()

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mesh.exception import FunctionTimeoutError, InternalFailure, RemoteError, TimeoutError
+from mesh.exception import FunctionTimeoutError, InternalFailure, OutOfMemoryError, RemoteError, TimeoutError
 from mesh.protocol import Failure, Format, Result, State, failure
 from mesh.records import Attempt, AttemptLog, Ending
 from mesh.spec import FunctionSpec
@@ -25,6 +25,7 @@ class Kind(StrEnum):
     EXPIRED = "expired"  # its deadline had passed before it was started
     REFUSED = "refused"  # it cannot be run, now or later
     CRASHED = "crashed"  # the container was lost
+    OUT_OF_MEMORY = "out_of_memory"  # the container was lost because it used too much memory
     RETURNED = "returned"  # unfinished, through no fault of its own
     NOT_STARTED = "not_started"  # no container for it could be started
 
@@ -91,7 +92,7 @@ def judge(execution: Execution, log: AttemptLog, delivery: int, about: About) ->
         case Kind.TIMED_OUT:
             text = f"function {about.function!r} ran longer than its timeout of {about.spec.timeout:g} s"
             return _retry_or(State.TIMED_OUT, failure(FunctionTimeoutError, text), execution, log, delivery, about)
-        case Kind.CRASHED:
+        case Kind.CRASHED | Kind.OUT_OF_MEMORY:
             return _crashed(execution, log, delivery, about)
         case Kind.CANCELLED:
             return _final(State.CANCELLED, failure(RemoteError, execution.text), execution, log, delivery, about)
@@ -122,14 +123,19 @@ def _retry_or(
 
 
 def _crashed(execution: Execution, log: AttemptLog, delivery: int, about: About) -> Final | Again:
-    """Crashes have a budget of their own, so that an input that kills whatever runs it comes to an end."""
-    crashes = [*log.crashes(delivery)]
+    """Crashes have a budget of their own, so that an input that kills whatever runs it comes to an end.
+
+    The last of them names the error: whoever is told «out of memory» shall find that more memory helps.
+    """
+    crashes = log.crashes(delivery)
     if execution.text:
-        crashes.append(f"{execution.text} on {about.worker}")
+        crashes.append(_attempt(Ending(execution.kind), f"{execution.text} on {about.worker}", about))
     if crashes and len(crashes) < about.crash_budget:
-        return Again(_attempt(Ending.CRASHED, crashes[-1], about), 0.0)
-    text = f"function {about.function!r} crashed {len(crashes)} times: {'; '.join(crashes)}"
-    return _final(State.FAILED, failure(InternalFailure, text), execution, log, delivery, about)
+        return Again(crashes[-1], 0.0)
+    kind = OutOfMemoryError if crashes and crashes[-1].ending is Ending.OUT_OF_MEMORY else InternalFailure
+    times = "once" if len(crashes) == 1 else f"{len(crashes)} times"
+    text = f"function {about.function!r} crashed {times}: {'; '.join(crash.error for crash in crashes)}"
+    return _final(State.FAILED, failure(kind, text), execution, log, delivery, about)
 
 
 def _attempt(ending: Ending, error: str, about: About) -> Attempt:

@@ -93,17 +93,22 @@ class Pool:
     @property
     def starving_since(self) -> float | None:
         """Since when inputs wait here while no container takes any; `None` if that is not so."""
-        if not self._held or self._taking or self._resting() or self.record.removed:
+        if not self._held or self._taking or self._stuck() or self.record.removed:
             return None
         return self._held[0].since
 
     @property
     def trouble(self) -> str:
         """Why inputs of this function are not run here; empty where they are."""
-        return self.unfit or (f"its code does not start: {self._start_error}" if self._resting() else "")
+        return self.unfit or (f"its code does not start: {self._start_error}" if self._stuck() else "")
 
     def _resting(self) -> bool:
+        """Whether it is too early to start another container, after one that did not start."""
         return time.monotonic() < self._retry_at
+
+    def _stuck(self) -> bool:
+        """Whether no input can be run until then."""
+        return self._resting() and not any(c.ready for c in self.serving)
 
     def _about(self) -> About:
         return About(
@@ -228,6 +233,8 @@ class Pool:
             self._settle(held, cancelled("its app has ended"))
         elif self._worker.draining:
             self._settle(held, Execution(kind=Kind.RETURNED, text="the worker is stopping"))
+        elif self._stuck():
+            self._settle(held, Execution(kind=Kind.NOT_STARTED, text=self._start_error))
         else:
             self._held.append(held)
         self.feed()
@@ -342,14 +349,15 @@ class Pool:
 
     def _ask(self, serving: Sequence[Container]) -> None:
         """Pull what can be run now; one input more where another container could be started for it."""
-        if self.unfit or self._resting():
+        if self.unfit or self._stuck():
             return
         if self.record.removed is not None:
             wanted = _REMOVED_BATCH
         else:
             wanted = sum(self._room(c) if c.ready else 1 for c in serving)
             limit = self.record.spec.max_containers
-            if (limit is None or len(serving) < limit) and (not self._taking or self._worker.has_room()):
+            below = (limit is None or len(serving) < limit) and not self._resting()
+            if below and (not self._taking or self._worker.has_room()):
                 wanted += 1
         missing = wanted - self._asked() - len(self._held)
         if missing > 0 and (missing * 2 >= wanted or not self._asked()):
@@ -358,7 +366,8 @@ class Pool:
     # --- containers --------------------------------------------------------------------------------------------------
 
     def _start_container(self) -> None:
-        container = Container(self._worker.new_container_name(), self, self._worker.settings.cancel_grace)
+        name, grace = self._worker.new_container_name(), self._worker.settings.cancel_grace
+        container = Container(name, self, grace, self._worker.memory)
         self.containers.append(container)
         self._versions[container] = self.record.version
         self._worker.background.spawn(self._start(container, self.record))
@@ -381,10 +390,11 @@ class Pool:
             if container.stopping:  # asked to while its code was being fetched
                 self._drop(container)
                 return
-            await container.start(start, variables, record.spec.start_limit)
+            await container.start(start, variables, record.spec.start_limit, record.spec.memory)
         except (Error, OSError) as error:
+            self.on_start_failed(container, failure(type(error), str(error)))
             self._drop(container)
-            self._start_failed(failure(type(error), str(error)))
+            self.feed()
 
     def _drop(self, container: Container) -> None:
         self.containers.remove(container)
@@ -392,20 +402,23 @@ class Pool:
         self._worker.changed()
 
     def _start_failed(self, failed: Failure) -> None:
-        """The code cannot be started: rest for a while, longer each time, instead of burning the queue."""
+        """The code cannot be started: rest for a while, longer each time, instead of burning the queue.
+
+        Its inputs wait in the queue meanwhile, where other workers, or this one with newer code, find them at once.
+        """
         self._start_error = failed.summary
         if self.key.app.startswith("ap-"):
             # The client of a single run waits, and nobody will deploy something better: its inputs fail.
             while self._held:
                 self._settle(self._held.popleft(), Execution(kind=Kind.REFUSED, failure=failed))
             return
-        self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
-        self._retry_at = time.monotonic() + self._backoff
-        logger.warning("%s does not start, trying again in %g s: %s", self.key.path, self._backoff, failed.summary)
-        waits = Execution(kind=Kind.NOT_STARTED, text=failed.summary, delay=self._backoff)
-        while self._held:
-            self._settle(self._held.popleft(), waits)
-        self._worker.wake_at(self._retry_at, self)
+        if not self._resting():  # containers that were started together fail together, and count once
+            self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
+            self._retry_at = time.monotonic() + self._backoff
+            logger.warning("%s does not start, trying again in %g s: %s", self.key.path, self._backoff, failed.summary)
+            self._worker.wake_at(self._retry_at, self)
+        while self._held and self._stuck():
+            self._settle(self._held.popleft(), Execution(kind=Kind.NOT_STARTED, text=failed.summary))
 
     def retire_idle(self) -> None:
         """Stop containers that have had nothing to do for `scaledown_window` seconds."""
@@ -427,11 +440,14 @@ class Pool:
     # --- what containers say (Listener) ------------------------------------------------------------------------------
 
     def on_ready(self, container: Container) -> None:
-        self._backoff, self._retry_at, self._start_error = 0.0, 0.0, ""
+        if self._versions[container] == self.record.version:
+            self._backoff = self._retry_at = 0.0
+            self._start_error = ""
         self.feed()
 
     def on_start_failed(self, container: Container, failure: Failure) -> None:
-        self._start_failed(failure)
+        if self._versions[container] == self.record.version:  # that older code did not start says nothing
+            self._start_failed(failure)
 
     def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None:
         duration = time.monotonic() - assignment.began
@@ -464,7 +480,8 @@ class Pool:
         self._worker.changed()
 
     def on_exit(self, container: Container, lost: Sequence[Assignment], exit: Exit) -> None:
-        logger.log(logging.WARNING if lost else logging.DEBUG, "%s %s %s", container.name, self.key.path, exit.text)
+        level = logging.WARNING if lost or exit.out_of_memory else logging.DEBUG
+        logger.log(level, "%s %s %s", container.name, self.key.path, exit.text)
         for assignment in reversed(lost):
             if assignment.began:
                 self._settle(assignment.owner, _lost(assignment, exit))
@@ -516,7 +533,8 @@ def _lost(assignment: Assignment, exit: Exit) -> Execution:
     started = time.time() - (time.monotonic() - assignment.began)
     if assignment.stopped:
         return _stopped(assignment, started)
-    return Execution(kind=Kind.CRASHED, text=f"container {exit.text}", started=started)
+    kind = Kind.OUT_OF_MEMORY if exit.out_of_memory else Kind.CRASHED
+    return Execution(kind=kind, text=f"container {exit.text}", started=started)
 
 
 def _report(held: Held, key: PoolKey, verdict: Final | Again) -> None:

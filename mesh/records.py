@@ -194,6 +194,7 @@ class Ending(StrEnum):
     FAILED = "failed"  # the user's code raised: counts as a try
     TIMED_OUT = "timed_out"  # counts as a try
     CRASHED = "crashed"  # the container was lost: counts against the crash budget
+    OUT_OF_MEMORY = "out_of_memory"  # it was lost because it used too much memory: counts as a crash
     RETURNED = "returned"  # handed back unfinished, by a worker that stops: counts as neither
     ADOPTED = "adopted"  # its worker was delivered it again, and goes on under that delivery: counts as neither
     NOT_STARTED = "not_started"  # no container for it could start: counts as neither
@@ -210,7 +211,8 @@ class Attempt:
 
 
 _TRIES = (Ending.FAILED, Ending.TIMED_OUT)
-_LOSSES = (Ending.CRASHED, Ending.BEGAN)  # one that began, and never ended, was lost with its worker
+_CRASHES = (Ending.CRASHED, Ending.OUT_OF_MEMORY)
+_LOSSES = (*_CRASHES, Ending.BEGAN)  # one that began, and never ended, was lost with its worker
 _KEPT_ATTEMPTS = 50  # an input that is retried for days must not grow a record without bound
 
 
@@ -250,18 +252,19 @@ class AttemptLog:
         """Tries the user's code has used up."""
         return self.folded_tries + sum(a.ending in _TRIES for a in self.attempts.values())
 
-    def crashes(self, delivery: int) -> list[str]:
-        """Containers and workers lost with this input before this `delivery`, each told in a few words.
+    def crashes(self, delivery: int) -> list[Attempt]:
+        """Containers and workers lost with this input before this `delivery`, each with its error in a few words.
 
         The first delivery leaves no trace if its worker dies; later ones are marked when they begin. So a delivery
         without entry counts only if it is the first: of others we know that the input had not begun.
         """
         lost = [
-            a.error if a.ending is Ending.CRASHED else f"worker {a.worker} lost"
+            a if a.ending in _CRASHES else replace(a, error=f"worker {a.worker} lost")
             for number, a in sorted(self.attempts.items())
-            if a.ending is Ending.CRASHED or (a.ending is Ending.BEGAN and number < delivery)
+            if a.ending in _CRASHES or (a.ending is Ending.BEGAN and number < delivery)
         ]
-        return ["worker lost", *lost] if delivery > 1 and not self.folded and 1 not in self.attempts else lost
+        untold = delivery > 1 and not self.folded and 1 not in self.attempts
+        return [Attempt(ending=Ending.BEGAN, error="worker lost"), *lost] if untold else lost
 
     @property
     def last_error(self) -> str:

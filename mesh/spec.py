@@ -136,6 +136,13 @@ class Retries:
             return False
         return not self.retry_on or any(name in self.retry_on for name in bases)
 
+    def with_main_as(self, module: str) -> Retries:
+        """The same, for processes that import as `module` what runs as `__main__` here."""
+        values = self.to_json()
+        for option in ("retry_on", "abort_on"):
+            values[option] = [re.sub(r"^__main__\.", f"{module}.", name) for name in values[option]]
+        return Retries(**values)
+
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
 
@@ -265,7 +272,8 @@ class FunctionSpec:
         min_containers, max_containers, buffer_containers: bounds of the pool; `max_containers=None` means no bound.
         scaledown_window: seconds an idle container is kept.
         single_use_containers: a container runs one input, then ends.
-        cpu: cores, `memory`: MiB a container needs; `None` means no claim.
+        cpu: cores a container needs; `None` means no claim.
+        memory: MiB a container and what it starts may use; it is killed above that. `None` means no limit.
         result_ttl: seconds the result is kept, at most the environment's own; `None` means that.
         keep_result: `False` stores a success without its value, for an hour.
         detach: a `remote` goes on when its client dies.

@@ -31,6 +31,7 @@ from mesh.config import Settings
 from mesh.container import Container
 from mesh.examine import Examiner
 from mesh.exception import Error
+from mesh.memory import MemoryWatch
 from mesh.pool import Pool, PoolKey
 from mesh.protocol import CancelRequest
 from mesh.records import AppHead, AppState, FunctionRecord, WorkerRecord
@@ -78,6 +79,7 @@ class Worker:
         host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
         self.name = f"{host}-{secrets.token_hex(3)}"
         self.background = Background()
+        self.memory = MemoryWatch()
         self.draining = False
         self._pools: dict[PoolKey, Pool] = {}
         self._by_consumer: dict[str, Pool] = {}

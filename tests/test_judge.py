@@ -23,6 +23,7 @@ VALUE_ERROR = Failure(
 FAILED = Execution(kind=Kind.FAILED, failure=VALUE_ERROR, started=5.0)
 TIMED_OUT = Execution(kind=Kind.TIMED_OUT, started=5.0)
 CRASHED = Execution(kind=Kind.CRASHED, text="killed by SIGSEGV", started=5.0)
+OUT_OF_MEMORY = Execution(kind=Kind.OUT_OF_MEMORY, text="out of memory, limit 64 MiB, peak 70 MiB", started=5.0)
 
 
 def decide(
@@ -197,6 +198,35 @@ def test_the_crash_that_ends_the_budget_ends_the_input_and_tells_them_all() -> N
     told = "crashed 3 times: out of memory on w0; worker w0 lost; killed by SIGSEGV on w1"
     verdict = decide(CRASHED, *earlier, retries=Retries(max_retries=9))
     assert final(verdict) == (State.FAILED, True, f"mesh.exception.InternalFailure: function 'f' {told}")
+
+
+def test_out_of_memory_is_a_crash_of_a_name_of_its_own() -> None:
+    told = "out of memory, limit 64 MiB, peak 70 MiB on w1"
+    assert again(decide(OUT_OF_MEMORY)) == (Ending.OUT_OF_MEMORY, 0.0, told)
+    earlier = [before(Ending.CRASHED, "SIGSEGV on w0"), before(Ending.OUT_OF_MEMORY, "out of memory on w0")]
+    state, bury, error = final(decide(OUT_OF_MEMORY, *earlier, retries=Retries(max_retries=9)))
+    assert (state, bury) == (State.FAILED, True)
+    assert error == (
+        f"mesh.exception.OutOfMemoryError: function 'f' crashed 3 times: SIGSEGV on w0; out of memory on w0; {told}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("execution", "earlier", "name"),
+    [
+        (OUT_OF_MEMORY, [Ending.CRASHED, Ending.BEGAN], "OutOfMemoryError"),
+        (CRASHED, [Ending.OUT_OF_MEMORY, Ending.OUT_OF_MEMORY], "InternalFailure"),
+        (Execution(kind=Kind.CRASHED), [Ending.CRASHED, Ending.CRASHED, Ending.OUT_OF_MEMORY], "OutOfMemoryError"),
+        (Execution(kind=Kind.CRASHED), [Ending.OUT_OF_MEMORY, Ending.OUT_OF_MEMORY, Ending.BEGAN], "InternalFailure"),
+    ],
+)
+def test_the_last_crash_names_the_error(execution: Execution, earlier: list[Ending], name: str) -> None:
+    _, _, error = final(decide(execution, *[before(ending, "x") for ending in earlier]))
+    assert error.startswith(f"mesh.exception.{name}: function 'f' crashed 3 times: ")
+
+
+def test_one_crash_is_told_as_one() -> None:
+    assert final(decide(CRASHED, crash_budget=1))[2].endswith("function 'f' crashed once: killed by SIGSEGV on w1")
 
 
 def test_the_budget_is_a_setting() -> None:

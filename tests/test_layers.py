@@ -20,7 +20,7 @@ LEVELS = [
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
-    "sdk functions queue deploy app executor container autoscaler codecache examine sweep pool watch",
+    "sdk functions queue deploy app executor memory container autoscaler codecache examine sweep pool watch",
     "server worker up",  # daemons
     "cli __main__",
 ]

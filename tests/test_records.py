@@ -261,6 +261,7 @@ def test_a_worker_record_is_of_now_unless_it_says_when() -> None:
 FAILED = Attempt(ending=Ending.FAILED, worker="w1", error="ValueError: no")
 TIMED_OUT = Attempt(ending=Ending.TIMED_OUT, worker="w1", error="too long")
 CRASHED = Attempt(ending=Ending.CRASHED, worker="w1", error="SIGSEGV on w1")
+OUT_OF_MEMORY = Attempt(ending=Ending.OUT_OF_MEMORY, worker="w1", error="out of memory on w1")
 BEGAN = Attempt(ending=Ending.BEGAN, worker="w2")
 RETURNED = Attempt(ending=Ending.RETURNED, worker="w1")
 ADOPTED = Attempt(ending=Ending.ADOPTED, worker="w1")
@@ -283,7 +284,16 @@ def test_a_happy_call_has_an_empty_log() -> None:
 
 @pytest.mark.parametrize(
     ("attempt", "tries"),
-    [(FAILED, 1), (TIMED_OUT, 1), (CRASHED, 0), (BEGAN, 0), (RETURNED, 0), (ADOPTED, 0), (NOT_STARTED, 0)],
+    [
+        (FAILED, 1),
+        (TIMED_OUT, 1),
+        (CRASHED, 0),
+        (OUT_OF_MEMORY, 0),
+        (BEGAN, 0),
+        (RETURNED, 0),
+        (ADOPTED, 0),
+        (NOT_STARTED, 0),
+    ],
     ids=lambda value: getattr(value, "ending", None),
 )
 def test_only_what_the_users_code_did_wrong_counts_as_a_try(attempt: Attempt, tries: int) -> None:
@@ -291,7 +301,8 @@ def test_only_what_the_users_code_did_wrong_counts_as_a_try(attempt: Attempt, tr
 
 
 def test_every_ending_is_in_the_table_above() -> None:
-    assert {a.ending for a in (FAILED, TIMED_OUT, CRASHED, BEGAN, RETURNED, ADOPTED, NOT_STARTED)} == set(Ending)
+    listed = (FAILED, TIMED_OUT, CRASHED, OUT_OF_MEMORY, BEGAN, RETURNED, ADOPTED, NOT_STARTED)
+    assert {a.ending for a in listed} == set(Ending)
 
 
 def test_a_delivery_counts_once_whoever_reports_it_again() -> None:
@@ -312,7 +323,7 @@ def test_an_input_that_its_worker_goes_on_with_under_a_new_delivery_was_not_lost
     assert (adopted.tries, adopted.crashes(2)) == (0, [])
     failed = adopted.with_attempt(2, FAILED)
     assert (failed.tries, failed.crashes(3)) == (1, [])
-    assert adopted.crashes(3) == ["worker w2 lost"]
+    assert [crash.error for crash in adopted.crashes(3)] == ["worker w2 lost"]
 
 
 def test_a_log_is_never_changed_in_place() -> None:
@@ -337,11 +348,12 @@ def test_a_log_is_never_changed_in_place() -> None:
         (log_of(RETURNED, BEGAN), 3, ["worker w2 lost"]),
         (log_of(None, BEGAN), 3, ["worker lost", "worker w2 lost"]),
         (log_of(None, CRASHED, BEGAN), 4, ["worker lost", "SIGSEGV on w1", "worker w2 lost"]),
+        (log_of(OUT_OF_MEMORY, NOT_STARTED, CRASHED), 4, ["out of memory on w1", "SIGSEGV on w1"]),
         (log_of(FAILED, None, None), 4, []),
     ],
 )
 def test_crashes_are_told_in_the_order_they_happened(log: AttemptLog, delivery: int, crashes: list[str]) -> None:
-    assert log.crashes(delivery) == crashes
+    assert [crash.error for crash in log.crashes(delivery)] == crashes
 
 
 @pytest.mark.parametrize(
@@ -373,8 +385,8 @@ def test_what_was_folded_counts_nothing_a_second_time() -> None:
 
 
 def test_a_lost_worker_counts_however_many_retries_came_after() -> None:
-    log = log_of(FAILED, CRASHED, BEGAN, *[FAILED] * 200)
-    assert log.crashes(204) == ["SIGSEGV on w1", "worker w2 lost"]
+    log = log_of(FAILED, CRASHED, BEGAN, OUT_OF_MEMORY, *[FAILED] * 200)
+    assert [c.error for c in log.crashes(205)] == ["SIGSEGV on w1", "worker w2 lost", "out of memory on w1"]
     assert log.tries == 201
 
 

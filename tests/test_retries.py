@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from mesh import FunctionCall
 from mesh.broker import Broker, Stored
 from mesh.exception import FunctionTimeoutError
 from tests.support import Ledger, Mesh, until
@@ -19,7 +20,7 @@ FLAKY = """
 
     def note(path):
         with open(path, "a") as file:
-            file.write(f"{{mesh.current_attempt()}} {{time.time()}} {{os.getpid()}} {{mesh.context.last_error()}}\\n")
+            file.write(f"{{mesh.current_attempt()}} {{time.time()}} {{os.getpid()}} {{mesh.last_error()}}\\n")
         return len(open(path).readlines())
 
     @app.function(retries=mesh.Retries(max_retries=3, **quick))
@@ -67,6 +68,86 @@ FLAKY = """
             raise ValueError("a failure")
         return mesh.current_attempt()
 """
+
+
+OWN = """
+    import mesh
+    app = mesh.App({name!r})
+
+    class ShopError(Exception):
+        pass
+
+    class Busy(ShopError):
+        def __init__(self, shop, *, code):
+            super().__init__(f"{{shop}} is busy")
+            self.code = code
+
+    class Closed(Busy):
+        pass
+
+    ERRORS = {{
+        "busy": lambda: Busy("book", code=1),
+        "closed": lambda: Closed("book", code=2),
+        "shop": lambda: ShopError("no"),
+        "value": lambda: ValueError("no"),
+        "exit": lambda: SystemExit(3),
+    }}
+
+    def raise_one(path, kind):
+        with open(path, "a") as file:
+            file.write(f"{{mesh.current_attempt()}}\\n")
+        raise ERRORS[kind]()
+
+    quick = {{"max_retries": 2, "initial_delay": 0, "min_delay": 0}}
+
+    @app.function(retries=mesh.Retries(**quick, retry_on=Busy))
+    def on_busy(path, kind):
+        raise_one(path, kind)
+
+    @app.function(retries=mesh.Retries(**quick, retry_on=(ShopError, SystemExit), abort_on=(Closed,)))
+    def on_shop_but_closed(path, kind):
+        raise_one(path, kind)
+
+    if __name__ == "__main__":
+        import sys
+        app.deploy()
+        calls = [app.registered_functions[name].spawn(*rest) for name, *rest in zip(*[iter(sys.argv[1:])] * 3)]
+        for call in calls:
+            try:
+                call.get(timeout=40)
+            except Exception as error:
+                print(type(error).__name__)
+"""
+OWN_CASES = [
+    ("on_busy", "busy", 3, "Busy"),
+    ("on_busy", "closed", 3, "Closed"),  # a class below the one that was named
+    ("on_busy", "shop", 1, "ShopError"),  # and one above it
+    ("on_busy", "value", 1, "ValueError"),
+    ("on_shop_but_closed", "busy", 3, "Busy"),
+    ("on_shop_but_closed", "closed", 1, "Closed"),  # abort_on goes first
+    ("on_shop_but_closed", "shop", 3, "ShopError"),
+    ("on_shop_but_closed", "value", 1, "ValueError"),
+    ("on_shop_but_closed", "exit", 3, "ExecutionError"),
+]
+
+
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_exceptions_of_the_users_decide_by_inheritance(mesh: Mesh, how: str) -> None:
+    """The worker decides, which has neither the classes nor the right to unpickle them."""
+    source = OWN.format(name=f"own-{how}")
+    ledgers = [mesh.ledger(f"own-{how}-{number}") for number in range(len(OWN_CASES))]
+    cases = list(zip(OWN_CASES, ledgers, strict=True))
+    if how == "module":
+        module = mesh.deploy(source)
+        calls = [getattr(module, name).spawn(str(ledger.path), kind) for (name, kind, _, _), ledger in cases]
+        raised = [type(outcome).__name__ for outcome in FunctionCall.gather(*calls, return_exceptions=True)]
+    else:
+        arguments = [text for (name, kind, _, _), ledger in cases for text in (name, str(ledger.path), kind)]
+        done = mesh.python(source, *arguments)
+        assert done.stderr == ""
+        raised = done.stdout.split()
+    assert raised == [error for _, _, _, error in OWN_CASES]
+    assert [ledger.count() for ledger in ledgers] == [tries for _, _, tries, _ in OWN_CASES]
 
 
 @pytest.fixture

@@ -183,6 +183,12 @@ def test_retries_may_depend_on_the_class_that_was_raised(
     assert Retries(max_retries=1, **options).covers(bases) is covered
 
 
+def test_exceptions_of_a_script_are_known_by_the_name_it_is_imported_under() -> None:
+    named = Retries(max_retries=2, jitter=0.5, retry_on=["__main__.A", "builtins.OSError"], abort_on=["__main__.A.B"])
+    expected = Retries(max_retries=2, jitter=0.5, retry_on=["shop.A", "builtins.OSError"], abort_on=["shop.A.B"])
+    assert named.with_main_as("shop") == expected
+
+
 def test_equal_retries_are_equal_and_say_all_of_themselves() -> None:
     one, same, other = Retries(max_retries=1), Retries(max_retries=1), Retries(max_retries=1, retry_on=KeyError)
     assert one == same != other
