@@ -241,8 +241,8 @@ class Pool:
 
     def _feed(self) -> None:
         self._feeding = False
-        if self.closed or self._worker.draining:
-            return
+        if self.closed or self._worker.draining or self._worker.settler.trouble:
+            return  # where the store takes nothing, what is held stays held, and nothing begins
         self._assign()
         serving = self.serving
         self._grow(serving)

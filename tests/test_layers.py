@@ -19,7 +19,7 @@ LEVELS = [
     "protocol frames records serialization bundle judge",  # bytes: what crosses the wire, and what is stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
-    "sdk functions queue settle deploy app executor container autoscaler codecache examine sweep pool",
+    "sdk functions queue settle deploy app executor container autoscaler codecache examine sweep upkeep pool",
     "server worker up",  # daemons
     "cli __main__",
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Self
 
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from mesh.broker import schema
+from mesh.broker import room, schema
+from mesh.broker.audit import Finding, audit
 from mesh.broker.calls import Calls
 from mesh.broker.connection import (
     WRONG_LAST_SEQUENCE,
@@ -77,6 +79,19 @@ class Broker:
     async def ensure(self) -> list[str]:
         """Create what is missing of the environment; returns the names of what was made."""
         return await schema.ensure(self.connection, self.topology, schema.limits_from(self.settings))
+
+    async def mend(self, ack_wait: float) -> list[str]:
+        """Make anew what is missing of the environment and holds nothing to keep; returns the names of what was."""
+        limits = replace(schema.limits_from(self.settings), ack_wait=ack_wait)
+        return await schema.mend(self.connection, self.topology, limits)
+
+    async def audit(self, ack_wait: float) -> list[Finding]:
+        """What is not as the topology says."""
+        return await audit(self.connection, self.topology, ack_wait)
+
+    async def levels(self) -> list[room.Level]:
+        """How full the queue, the results and the account are."""
+        return await room.levels(self.connection, self.topology)
 
     async def check(self) -> None:
         """See that the server is there, speaks JetStream, and is new enough."""

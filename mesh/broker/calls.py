@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 from mesh.broker.connection import (
+    EXHAUSTED,
     WRONG_LAST_SEQUENCE,
     Connection,
     Stored,
@@ -14,6 +15,7 @@ from mesh.broker.connection import (
     Unanswered,
     translated,
 )
+from mesh.broker.room import Room
 from mesh.exception import ConnectionError, InvalidError, RequestSizeError
 from mesh.protocol import Address, Input
 from mesh.topology import Topology
@@ -29,6 +31,7 @@ class Calls:
         self._connection = connection
         self._topology = topology
         self._submit_timeout = submit_timeout
+        self._room = Room(connection, topology)
 
     async def submit(self, input: Input) -> None:
         """Store one input; returns once the server has it.
@@ -37,18 +40,24 @@ class Calls:
         worker then looks for a result before it runs a marked input.
 
         Raises:
-            ResourceExhaustedError: the queue is full; nothing was stored.
+            ResourceExhaustedError: the queue, the results or the account are 90 % full; nothing was stored.
             RequestSizeError: it is too large for a message.
             ConnectionError: no answer within `submit_timeout`; it may have been accepted.
         """
         self._check_size(input)
         subject = self._topology.call_subject(input.address)
         deadline = time.monotonic() + self._submit_timeout
-        async with translated(f"submitting {input.address.path}"):
+        doing = f"submitting {input.address.path}"
+        async with translated(doing):
+            await self._room.check(doing)
             while True:
                 try:
                     await self._publish(subject, input, min(_ONE_TRY, deadline - time.monotonic()))
                     return
+                except StoreError as error:
+                    if error.code in EXHAUSTED:
+                        raise await self._room.refused(doing, error) from error
+                    raise
                 except Unanswered as error:
                     if time.monotonic() >= deadline:
                         raise ConnectionError(

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ DELETE_FAILED = 10057
 MESSAGE_NOT_FOUND = (10037, 10043)
 NAME_IN_USE = 10058
 JETSTREAM_DISABLED = (10039, 10076)
-_EXHAUSTED = frozenset({10002, 10023, 10026, 10028, 10047, 10077, 10122})
+EXHAUSTED = frozenset({10002, 10023, 10026, 10028, 10047, 10077, 10122})
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +172,10 @@ class Connection:
         await self._background.cancel()
         with contextlib.suppress(Exception):  # a connection that broke cannot be closed any better
             await asyncio.wait_for(self._client.close(), 2)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do something beside everything else, as long as the connection is open."""
+        return self._background.spawn(work)
 
     @property
     def is_closed(self) -> bool:
@@ -481,7 +485,7 @@ async def translated(doing: str) -> AsyncGenerator[None]:
 
 
 def _translate(error: StoreError, doing: str) -> exception.Error:
-    if error.code in _EXHAUSTED:
+    if error.code in EXHAUSTED:
         return exception.ResourceExhaustedError(f"{doing}: {error}")
     if error.code in JETSTREAM_DISABLED:
         return exception.ServiceError(f"{doing}: JetStream is not enabled on this server or for this account ({error})")
