@@ -64,7 +64,7 @@ class Upkeep:
             logger.warning("%s had been deleted, and is made again, empty", ", ".join(made))
 
     async def _compare(self) -> None:
-        found = {str(finding): finding for finding in await self.broker.audit(self.ack_wait)}
+        found = {str(finding): finding for finding in await self.broker.audit()}
         for text in found.keys() - self._said.keys():
             logger.error("%s", text)
         for text in self._said.keys() - found.keys():

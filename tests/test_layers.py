@@ -19,7 +19,8 @@ LEVELS = [
     "protocol frames records serialization bundle judge",  # bytes: what crosses the wire, and what is stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
-    "sdk functions queue settle deploy app executor container autoscaler codecache examine sweep upkeep pool",
+    "sdk functions queue settle report deploy app executor container autoscaler codecache",
+    "examine sweep upkeep check pool",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
     "cli __main__",
 ]

@@ -111,17 +111,21 @@ def test_a_burst_is_refused_by_the_server_in_the_same_words(own_mesh: Callable[.
     mesh = own_mesh(calls_size="1M")
     take = mesh.deploy(WORK).take
     with pytest.raises(ResourceExhaustedError) as refusal:
-        for _ in range(200):
-            take.spawn("x" * 50_000)
+        burst(take)
     assert "the queue, MESH-T-" in str(refusal.value)
     assert "calls_size" in str(refusal.value)
+
+
+def burst(take: Function[..., Any]) -> None:
+    for _ in range(200):
+        take.spawn("x" * 50_000)
 
 
 def test_a_full_bucket_of_results_refuses_submissions(own_mesh: Callable[..., Mesh]) -> None:
     mesh = own_mesh(results_size="1M")
     take = mesh.deploy(WORK).take
     fill_results(mesh)
-    with pytest.raises(ResourceExhaustedError, match="the bucket of results, KV_mesh-t-.* results_size"):
+    with pytest.raises(ResourceExhaustedError, match=r"the bucket of results, KV_mesh-t-.* results_size"):
         take.spawn("x")
     resize(mesh, results, max_bytes=8 * MiB)
     until(lambda: accepts(take), what="the same client may submit again")
@@ -139,12 +143,15 @@ def fill_results(mesh: Mesh) -> None:
     """Put keys of somebody else into the bucket of results until it takes no more."""
 
     async def fill(broker: Broker) -> None:
+        key = f"$KV.{broker.topology.bucket('results')}.by-hand"
         for size in (50_000, 100):  # until not even an empty result fits
-            with pytest.raises(StoreError, match="maximum bytes"):
-                for n in range(10_000):
-                    await broker.connection.store(
-                        f"$KV.{broker.topology.bucket('results')}.by-hand.{size}-{n}", b"x" * size
-                    )
+            for n in range(10_000):
+                try:
+                    await broker.connection.store(f"{key}.{size}-{n}", b"x" * size)
+                except StoreError:
+                    break
+            else:
+                raise AssertionError("it takes everything")
 
     mesh.ask(fill)
 
@@ -361,3 +368,125 @@ def test_the_queue_deleted_by_hand(own_mesh: Callable[..., Mesh]) -> None:
     mesh.cli("init")
     assert work.spawn(path, "new").get(timeout=40) == "new"
     ran_once(mesh, ["running", "new"])
+
+
+# --- what an operator sees -------------------------------------------------------------------------------------------
+
+
+def test_check_of_a_mesh_that_is_well(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    mesh.deploy(WORK)
+    done = mesh.cli("check")
+    assert "note: no worker takes calls" in done.stderr
+    mesh.start_worker("--containers", "3")
+    done = mesh.cli("check")
+    assert done.stderr == ""
+    for text in (
+        "nats-server 2.",
+        "only the server's configuration says",
+        "1, 0 of 3 containers",
+        "the queue, MESH-T-",
+    ):
+        assert text in done.stdout
+    report = json.loads(mesh.cli("check", "--json").stdout)
+    assert (report["ok"], report["problems"], report["notes"]) == (True, [], [])
+    assert [level["size"] for level in report["levels"][:2]] == [64 * MiB, 64 * MiB]
+
+
+def test_check_says_what_was_deleted_and_changed(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh(results_size="1M")
+    mesh.deploy(WORK)
+    fill_results(mesh)
+    resize(mesh, calls, max_age=3600 * 10**9)
+    delete(mesh, lambda broker: broker.topology.bucket_stream("attempts"))
+    mesh.ask(remove_consumer)
+    mesh.ask(stranger)
+    done = mesh.cli("check", check=False)
+    assert done.returncode == 1
+    for text in (
+        "_CALLS was changed: max_age is 3600000000000, and should be 0",
+        "_attempts is gone: a worker makes it again",
+        "store+work+_ is gone: a worker makes it again",
+        "by-hand is no consumer of mesh's",
+        "% full (1.0 MiB of 1.0 MiB), so calls are refused: keep results shorter",
+    ):
+        assert text in done.stderr
+    assert len(json.loads(mesh.cli("check", "--json", check=False).stdout)["problems"]) == 5
+
+
+async def stranger(broker: Broker) -> None:
+    """A consumer that somebody made, on calls of their own."""
+    subject = broker.topology.call_filter(app="nobody")
+    config = {"durable_name": "by-hand", "ack_policy": "explicit", "filter_subject": subject}
+    name = f"CONSUMER.CREATE.{broker.topology.calls}.by-hand.{subject}"
+    await broker.connection.api(name, {"stream_name": broker.topology.calls, "config": config})
+
+
+def test_check_without_bucket_or_environment_or_server(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    for bucket in ("meta", "workers", "functions"):
+        delete(mesh, lambda broker, bucket=bucket: broker.topology.bucket_stream(bucket))
+        done = mesh.cli("check", check=False)
+        assert (done.returncode, f"_{bucket} is gone" in done.stderr) == (1, True)
+    nowhere = mesh.cli("check", "--env", "nowhere", check=False)
+    assert nowhere.returncode == 3
+    assert "there is no environment 'nowhere'" in nowhere.stderr
+    unreachable = mesh.cli("check", "--url", "nats://127.0.0.1:1", check=False)
+    assert unreachable.returncode == 6
+    assert "cannot reach nats://127.0.0.1:1" in unreachable.stderr
+
+
+def test_workers_are_listed(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    work = mesh.deploy(WORK).work
+    assert mesh.cli("worker", "list").stdout == ""
+    assert json.loads(mesh.cli("worker", "list", "--json").stdout) == []
+    worker = mesh.start_worker("--containers", "3")
+    call = work.spawn(str(mesh.ledger().path), "a", 20.0)
+    until(lambda: call.status().state == "running")
+    [record] = json.loads(mesh.cli("worker", "list", "--json").stdout)
+    assert (record["pid"], record["containers"], record["used"]) == (worker.pid, 3, 1)
+    assert (record["running"], record["functions"]) == ([f"{call.object_id}.0"], {"store.work": 1})
+    [line] = mesh.cli("worker", "list").stdout.splitlines()
+    cells = line.split("\t")
+    assert cells[0] == record["worker"]
+    assert cells[2:5] == [str(worker.pid), record["python"], "1/3"]
+    assert cells[6:9] == ["", f"{call.object_id}.0", "store.work"]
+    worker.process.terminate()
+    until(lambda: "draining" in mesh.cli("worker", "list").stdout)
+
+
+def test_logs_are_one_json_object_a_line(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    module = mesh.deploy(
+        """
+        import mesh, os
+        app = mesh.App("json")
+
+        @app.function(retries=mesh.Retries(max_retries=1, initial_delay=0))
+        def fail():
+            print("printed")
+            raise ValueError("no luck")
+
+        @app.function()
+        def crash():
+            os._exit(3)
+        """
+    )
+    worker = mesh.start_worker("--verbose", "--log-format", "json")
+    failing, crashing = module.fail.spawn(), module.crash.spawn()
+    for call in (failing, crashing):
+        until(lambda call=call: call.status().state == "failed")
+    worker.stop()
+    lines = [json.loads(line) for line in worker.log.splitlines()]
+    assert all({"time", "level", "logger", "text"} <= line.keys() for line in lines)
+    events = [line for line in lines if line.get("call") == failing.object_id]
+    assert [(e["event"], e["attempt"]) for e in events] == [
+        ("call.began", 1), ("call.again", 1), ("call.began", 2), ("call.ended", 2),
+    ]  # fmt: skip
+    assert all((e["app"], e["function"], e["index"]) == ("json", "fail", 0) for e in events)
+    assert {e["worker"] for e in events} == {w["worker"] for w in events if w["event"] == "call.ended"}
+    assert (events[-1]["state"], events[-1]["error"]) == ("failed", "ValueError: no luck")
+    assert [e["text"] for e in lines if e.get("event") == "output"] == ["printed"] * 2
+    lost = [line for line in lines if line.get("event") == "container.ended" and line["lost"]]
+    assert {(line["level"], line["function"]) for line in lost} == {("warning", "crash")}

@@ -29,8 +29,9 @@ from mesh.broker.leases import Lease, Puller
 from mesh.broker.registry import Registry
 from mesh.broker.results import Results
 from mesh.config import Settings
+from mesh.exception import NotFoundError
 from mesh.protocol import new_client_token
-from mesh.topology import Topology
+from mesh.topology import SHARED_POOL, Topology
 
 __all__ = ["Broker", "Headers", "Lease", "NoResponders", "Puller", "StoreError", "Stored", "Unanswered", "translated"]
 
@@ -85,9 +86,14 @@ class Broker:
         limits = replace(schema.limits_from(self.settings), ack_wait=ack_wait)
         return await schema.mend(self.connection, self.topology, limits)
 
-    async def audit(self, ack_wait: float) -> list[Finding]:
-        """What is not as the topology says."""
-        return await audit(self.connection, self.topology, ack_wait)
+    async def audit(self) -> list[Finding]:
+        """What is not as the topology says, and as what is deployed wants it."""
+        try:
+            pools = [(h.app, name, SHARED_POOL) for h in (await self.registry.heads()).values() for name in h.functions]
+            ack_wait = await self.ack_wait()
+        except (NoResponders, StoreError, NotFoundError):  # one of their buckets is gone, which the audit says
+            pools, ack_wait = [], None
+        return await audit(self.connection, self.topology, pools, ack_wait)
 
     async def levels(self) -> list[room.Level]:
         """How full the queue, the results and the account are."""

@@ -129,6 +129,11 @@ class Calls:
         """Take one input out of the queue; false if it was gone. Never a purge: that strands other calls."""
         return await self._connection.delete(self._topology.calls, sequence)
 
+    async def replicas(self) -> int:
+        """Copies of the queue that the server keeps."""
+        info = await self._connection.api(f"STREAM.INFO.{self._topology.calls}")
+        return int(info["config"]["num_replicas"])
+
     def address(self, stored: Stored) -> Address | None:
         """Whose input a message is; `None` if it is nobody's."""
         try:

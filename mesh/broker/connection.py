@@ -191,6 +191,10 @@ class Connection:
         return bool(self._client._server_info.get("auth_required"))  # nats-py shows it nowhere else
 
     @property
+    def server_version(self) -> str:
+        return str(self._client._server_info.get("version", ""))
+
+    @property
     def inline_limit(self) -> int:
         """Bytes that body and headers of one message may have together."""
         return min(_INLINE_LIMIT, self._client.max_payload - HEADROOM)
