@@ -237,7 +237,7 @@ def _read_toml(path: Path) -> dict[str, object]:
 
 
 def running_mesh(state_dir: Path) -> dict[str, Any] | None:
-    """What the running `mesh up` of this user wrote about itself: nats_url, container_url and pid; `None` if none."""
+    """What the running `mesh up` of this user wrote of itself: nats_url, container_url, pid, sync; `None` if none."""
     try:
         values: dict[str, Any] = json.loads((state_dir / "up.json").read_text())
         os.kill(values["pid"], 0)

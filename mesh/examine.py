@@ -2,7 +2,8 @@
 
 Most deliveries need no look: the first one of an input runs at once. Looked into are later deliveries, inputs whose
 publish was repeated, and first deliveries of inputs that were stored before this worker last connected: a server that
-is killed forgets its newest deliveries, and counts them from one again, also where the result is stored already.
+is killed forgets its newest deliveries, and counts them from one again, also where the result is stored already. The
+same holds for inputs that were stored before their consumer was made: it was deleted, and has forgotten everything.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mesh.settle import Held, Settler
 
 logger = logging.getLogger("mesh.worker")
 
-_RECENT = 30.0  # seconds after a reconnect in which workers list all they hold, so that others leave it alone
+_RECENT = 30.0  # seconds in which workers list all they hold, after the server may have forgotten who has what
 
 
 class Finding(Enum):
@@ -41,12 +42,18 @@ class Examiner:
         self._background = Background()
         self._waiting: list[tuple[Held, Callable[[Held, Finding], None]]] = []
         self._trusted_from = float("inf")
-        self._reconnected = float("-inf")
+        self._made: dict[str, float] = {}
+        self._forgotten = float("-inf")
 
     def on_reconnected(self) -> None:
         """The server may have been killed: nothing is trusted until its time is known again."""
         self._trusted_from = float("inf")
-        self._reconnected = time.monotonic()
+        self._forgotten = time.monotonic()
+
+    def on_consumer_remade(self, consumer: str, made: float) -> None:
+        """A consumer was made anew at this moment of the server's clock."""
+        self._made[consumer] = made
+        self._forgotten = time.monotonic()
 
     def trust_from(self, server_time: float) -> None:
         """First deliveries of what is stored from this moment of the server's clock on need no look."""
@@ -55,12 +62,13 @@ class Examiner:
     @property
     def lists_all(self) -> bool:
         """Whether a worker should list all that it holds, and not just what has run for a while."""
-        return time.monotonic() - self._reconnected < _RECENT
+        return time.monotonic() - self._forgotten < _RECENT
 
     def needed(self, lease: Lease) -> bool:
         """Whether an input must be looked into."""
         resubmitted = lease.input is not None and lease.input.resubmit
-        return lease.delivery > 1 or resubmitted or lease.stored < self._trusted_from
+        trusted_from = max(self._trusted_from, self._made.get(lease.consumer, 0.0))
+        return lease.delivery > 1 or resubmitted or lease.stored < trusted_from
 
     def examine(self, held: Held, then: Callable[[Held, Finding], None]) -> None:
         """Look into an input, together with all that come in the same moment; then call `then`."""

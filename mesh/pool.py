@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mesh import report
 from mesh.autoscaler import Load, containers_wanted
 from mesh.broker import Lease
 from mesh.container import Assignment, Container, Exit
 from mesh.examine import Finding
 from mesh.exception import Error, NotFoundError
 from mesh.frames import Outcome, Start, Work
-from mesh.judge import About, Again, Execution, Final, Kind, cancelled
+from mesh.judge import About, Execution, Kind, cancelled
 from mesh.protocol import CancelRequest, Failure, Format, State, failure
 from mesh.records import FunctionRecord
 from mesh.settle import Held
@@ -267,8 +268,8 @@ class Pool:
 
     def _feed(self) -> None:
         self._feeding = False
-        if self.closed or self._worker.draining:
-            return
+        if self.closed or self._worker.draining or self._worker.settler.trouble:
+            return  # where the store takes nothing, what is held stays held, and nothing begins
         self._assign()
         serving = self.serving
         self._grow(serving)
@@ -327,7 +328,7 @@ class Pool:
             keep_result=input.keep_result,
         )
         held.about = self._about()
-        logger.debug("→ %s %s try %d on %s", input.address.key, self.key.path, work.attempt, container.name)
+        report.began(held, self._worker.name, container.name, work.attempt)
         container.run(Assignment(work, held, self.record.spec.timeout))
         if self.record.spec.single_use_containers:
             container.stop()
@@ -480,8 +481,8 @@ class Pool:
         self._worker.changed()
 
     def on_exit(self, container: Container, lost: Sequence[Assignment], exit: Exit) -> None:
-        level = logging.WARNING if lost or exit.out_of_memory else logging.DEBUG
-        logger.log(level, "%s %s %s", container.name, self.key.path, exit.text)
+        app, function, ill = self.key.app, self.key.function, bool(exit.out_of_memory)
+        report.container_ended(self._worker.name, container.name, app, function, len(lost), exit.text, ill=ill)
         for assignment in reversed(lost):
             if assignment.began:
                 self._settle(assignment.owner, _lost(assignment, exit))
@@ -502,7 +503,7 @@ class Pool:
             verdict = await self._worker.settler.settle(held, execution, held.about or self._about())
         finally:
             self._worker.release(held)
-        _report(held, self.key, verdict)
+        report.ended(held, verdict)
 
 
 _TIMEOUT = "its timeout"
@@ -535,15 +536,3 @@ def _lost(assignment: Assignment, exit: Exit) -> Execution:
         return _stopped(assignment, started)
     kind = Kind.OUT_OF_MEMORY if exit.out_of_memory else Kind.CRASHED
     return Execution(kind=kind, text=f"container {exit.text}", started=started)
-
-
-def _report(held: Held, key: PoolKey, verdict: Final | Again) -> None:
-    """One line an event; successes only where somebody wants to see everything."""
-    match verdict:
-        case Final(result, _) if result.state is State.SUCCEEDED:
-            logger.debug("← %s %s %s", held.key, key.path, result.state)
-        case Final(result, _):
-            logger.info("✗ %s %s %s: %s", held.key, key.path, result.state, result.error)
-        case Again(attempt, delay):
-            after = f"again in {delay:g} s" if delay else "again now"
-            logger.info("↻ %s %s %s, %s: %s", held.key, key.path, attempt.ending, after, attempt.error)

@@ -292,7 +292,7 @@ class WorkerRecord:
 
     Attributes:
         containers: how many it may run, and `used` how many it does. running: inputs that began a second ago or more.
-        unfit: functions it does not run, each with the reason.
+        unfit: functions it does not run, each with the reason. trouble: why it begins nothing at all; empty if it does.
     """
 
     worker: str
@@ -307,6 +307,7 @@ class WorkerRecord:
     running: tuple[str, ...] = ()
     functions: Mapping[str, int] = field(default_factory=dict[str, int])
     unfit: Mapping[str, str] = field(default_factory=dict[str, str])
+    trouble: str = ""
     at: float = field(default_factory=time.time)
 
     def encode(self) -> bytes:

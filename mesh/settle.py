@@ -81,12 +81,20 @@ def _death_of(state: State, error: str) -> Headers:
 
 
 class Settler:
-    """Turns verdicts into what the store holds."""
+    """Turns verdicts into what the store holds.
+
+    Attributes:
+        trouble: what the store said when it last took nothing; empty while it takes everything.
+        on_trouble: called with each error of a store that is full or away. on_back: called when it takes everything.
+    """
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._giving_up = asyncio.Event()
-        self.troubled = False
+        self._refused = 0  # actions that were refused, and are tried again and again
+        self.trouble = ""
+        self.on_trouble: Callable[[Exception], None] = lambda error: None
+        self.on_back: Callable[[], None] = lambda: None
 
     def give_up(self) -> None:
         """Stop trying where the store does not answer: the leases lapse, and others take over."""
@@ -164,20 +172,33 @@ class Settler:
 
     async def insist(self, action: Callable[[], Awaitable[T]]) -> T:
         """Do it, again and again while the store is full or away. Leases are renewed elsewhere meanwhile."""
-        pause = _FIRST_PAUSE
-        while True:
-            try:
-                done = await action()
-            except (Unanswered, NoResponders, StoreError, PermissionDeniedError) as error:
-                if not self.troubled:
-                    logger.warning("the store takes nothing, trying again until it does: %s", error)
-                self.troubled = True
-                if self._giving_up.is_set():
-                    raise
+        pause, refusals = _FIRST_PAUSE, 0
+        try:
+            while True:
+                try:
+                    return await action()
+                except (Unanswered, NoResponders, StoreError, PermissionDeniedError) as error:
+                    if self._giving_up.is_set():
+                        raise
+                    refusals += 1
+                    self._on_refused(error, first=refusals == 1)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            else:
-                if self.troubled:
-                    logger.info("the store is back")
-                self.troubled = False
-                return done
+        finally:
+            if refusals:
+                self._on_taken()
+
+    def _on_refused(self, error: Exception, *, first: bool) -> None:
+        text = f"nothing takes {error}" if isinstance(error, NoResponders) else str(error)
+        if not self.trouble:
+            logger.warning("the store takes nothing, trying again until it does, and nothing new is begun: %s", text)
+        self.trouble = text
+        self._refused += first
+        self.on_trouble(error)
+
+    def _on_taken(self) -> None:
+        self._refused -= 1
+        if not self._refused and not self._giving_up.is_set():
+            logger.info("the store takes everything again")
+            self.trouble = ""
+            self.on_back()

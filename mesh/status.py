@@ -113,7 +113,7 @@ def why(workers: list[WorkerRecord], function: str, environment: str = "") -> st
     if not takers:
         where = f" in environment {environment!r}" if environment else ""
         return f"no worker is running{where}; start one with `mesh worker` (or `mesh up`)"
-    reasons = [worker.unfit.get(function, "") for worker in takers]
+    reasons = [worker.trouble or worker.unfit.get(function, "") for worker in takers]
     return "; ".join(dict.fromkeys(reasons)) if all(reasons) else ""
 
 

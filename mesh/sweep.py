@@ -44,11 +44,13 @@ class Sweeper:
     async def runs(self, runs: Sequence[AppHead]) -> None:
         """End apps of a single run whose client has gone, or died while it ended them."""
         alive = await self.broker.runs.alive()
-        for head in runs:
-            if head.app not in alive:
-                if head.state is not AppState.STOPPED:
-                    logger.info("%s (%s) has lost its client: ending it", head.app, head.name)
-                await deploy.end_run(self.broker, head.app)
+        lost = [head for head in runs if head.app not in alive]
+        if not lost or await self.broker.runs.is_new():
+            return
+        for head in lost:
+            if head.state is not AppState.STOPPED:
+                logger.info("%s (%s) has lost its client: ending it", head.app, head.name)
+            await deploy.end_run(self.broker, head.app)
 
     async def orphans(self, older_than: float = ORPHAN_AGE) -> int:
         """Find calls that no consumer has: give deployed functions their consumer, and fail the calls of others.

@@ -181,10 +181,10 @@ class Topology:
         """The durable's name. `+` is in no name, so two functions can never share one."""
         return f"{escape(app)}+{escape(function)}+{pool}"
 
-    def parse_consumer(self, name: str) -> tuple[str, str, str]:
-        """The app, function and pool a consumer is for."""
-        app, function, pool = name.split("+")
-        return unescape(app), unescape(function), pool
+    def parse_consumer(self, name: str) -> tuple[str, str, str] | None:
+        """The app, function and pool a consumer is for; `None` if it is not one of mesh's."""
+        parts = name.split("+")
+        return (unescape(parts[0]), unescape(parts[1]), parts[2]) if len(parts) == 3 else None
 
     def consumer_config(self, app: str, function: str, pool: str, ack_wait: float, replicas: int = 1) -> Config:
         return {
@@ -201,6 +201,11 @@ class Topology:
         }
 
     # --- streams -----------------------------------------------------------------------------------------------------
+
+    def is_kept(self, stream: str) -> bool:
+        """Whether a stream holds what nobody can make again. The others are made anew, empty, where they are gone."""
+        passing = [self.logs, *(self.bucket_stream(name) for name in ("attempts", "workers", "slots", "apps", "meta"))]
+        return stream not in passing
 
     def streams(self, limits: Limits) -> Iterator[Config]:
         """Every stream of the environment, the largest first: where space is short, it fails before anything stands."""
@@ -309,6 +314,7 @@ class Topology:
             "retention": "limits",
             "num_replicas": limits.replicas,
             "max_bytes": size if size is not None else -1,
+            "max_age": 0,  # said, so that one set by hand is noticed: it would delete what nobody may lose
             "metadata": {"mesh.schema": str(SCHEMA), "mesh.environment": self.environment},
         }
 

@@ -94,7 +94,12 @@ def up(
         local = dataclasses.replace(settings, nats_url=server.url, container_url=server.container_url)
         note_running(
             settings.state_dir,
-            {"nats_url": server.url, "container_url": server.container_url, "pid": os.getpid()},
+            {
+                "nats_url": server.url,
+                "container_url": server.container_url,
+                "pid": os.getpid(),
+                "sync": settings.sync,
+            },
         )
         try:
             return background.run(_serve(local, store, listen, server, on_ready, on_output))

@@ -38,6 +38,7 @@ from mesh.records import AppHead, AppState, FunctionRecord, WorkerRecord
 from mesh.settle import Held, Settler
 from mesh.sweep import Sweeper
 from mesh.topology import SHARED_POOL
+from mesh.upkeep import Upkeep
 from mesh.watch import Watch
 
 logger = logging.getLogger("mesh.worker")
@@ -94,8 +95,9 @@ class Worker:
         self._started = time.time()
         self._pulling_from = 0.0
         self._resuming: asyncio.Task[None] | None = None
+        self._pulling_again: dict[str, float] = {}
         self._announced = 0.0
-        self._announcement: tuple[tuple[str, ...], dict[str, str]] = (), {}
+        self._announcement: tuple[tuple[str, ...], dict[str, str], bool] = (), {}, False
         self._presence = 0
 
     # --- the whole of it ---------------------------------------------------------------------------------------------
@@ -126,6 +128,8 @@ class Worker:
         await self.broker.ensure()
         self.ack_wait = await self.broker.ack_wait()
         self.settler = Settler(self.broker)
+        self.upkeep = Upkeep(self.broker, self.name, self.ack_wait, self.settings.sweep_interval, self.background)
+        self.settler.on_trouble, self.settler.on_back = self.upkeep.suspect, self._feed_all
         self.examiner = Examiner(self.broker, self.settler, self.name)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
         self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, self.settings.sweep_interval)
@@ -142,6 +146,7 @@ class Worker:
         await self.watch.start()
         await self.puller.start()
         await self.broker.registry.watch(self._on_head, self._on_unreadable)
+        await self.broker.registry.watch_consumers(self._on_consumer_made)
         await self._announce()
         self.examiner.trust_from(await self.broker.workers.server_time(self.name))
         await self._read_heads()
@@ -161,6 +166,7 @@ class Worker:
             self.background.spawn(self._regularly(_CLIENTS_SWEEP, self._sweep_runs)),
             self.background.spawn(self._regularly(_CLIENTS_SWEEP, self.watch.callers)),
             self.background.spawn(self._regularly(self.settings.sweep_interval, self.sweeper.sweep)),
+            self.background.spawn(self._regularly(self.settings.sweep_interval, self.upkeep.look)),
         ]
         await self._stop.wait()
         for duty in duties:
@@ -176,6 +182,7 @@ class Worker:
                     await done
             except (Unanswered, NoResponders, StoreError, Error) as error:
                 logger.debug("%s: %r", getattr(duty, "__name__", duty), error)
+                self.upkeep.suspect(error)
             except Exception:  # a fault of ours: said, and no reason to leave the duty undone from now on
                 logger.exception("%s failed", getattr(duty, "__name__", duty))
 
@@ -261,8 +268,7 @@ class Worker:
             self._forget_app(app)
         for head in heads.values():
             await self._take_head(head)
-        for pool in list(self._pools.values()):
-            pool.feed()  # whatever may have been missed ends here
+        self._feed_all()  # whatever may have been missed ends here
 
     def _on_head(self, head: AppHead) -> None:
         self.background.spawn(self._take_head(head))
@@ -334,8 +340,9 @@ class Worker:
     # --- leases ------------------------------------------------------------------------------------------------------
 
     def ask(self, consumer: str, count: int) -> None:
-        """Pull, unless it is too early after a reconnect."""
-        if self.broker.connection.is_up and time.monotonic() >= self._pulling_from:
+        """Pull, unless it is too early after a reconnect, or the consumer is gone."""
+        too_early = time.monotonic() < max(self._pulling_from, self._pulling_again.get(consumer, 0.0))
+        if self.broker.connection.is_up and not too_early and not self.upkeep.is_lost(consumer):
             self.puller.reserve(consumer, count)
             self.background.spawn(self.puller.ask(consumer, count))
 
@@ -349,25 +356,22 @@ class Worker:
         if pool is None or pool.closed or self.draining:
             return
         if why == "deleted":
-            self.background.spawn(self._restore_consumer(pool))
+            self.upkeep.lost(consumer)
         else:
             pool.feed()
 
-    async def _restore_consumer(self, pool: Pool) -> None:
-        """A consumer is gone. Where the function is still there, make it again; asking too fast helps nobody."""
-        await asyncio.sleep(random.uniform(0.5, 1.0))
-        if pool.closed or self.draining:
-            return
-        try:
-            head, _ = await self.broker.registry.head(pool.key.app)
-            if head is None or (head.state is AppState.STOPPED and pool.key.app.startswith("ap-")):
-                return
-            logger.warning("the consumer of %s was deleted; making it again", pool.key.path)
-            await self.broker.registry.add_consumers([(pool.key.app, pool.key.function, pool.key.pool)], self.ack_wait)
-        except (Unanswered, NoResponders, StoreError):
-            self.background.spawn(self._restore_consumer(pool))
-            return
-        pool.feed()
+    def _on_consumer_made(self, consumer: str, made: float) -> None:
+        """A consumer of a pool was made anew, and delivers everything as if for the first time: also what somebody
+        holds, and what has ended but was acknowledged to nobody. So, as after a reconnect: nothing stored before is
+        trusted, everything held is listed, and nothing is asked for until the others have listed theirs, too."""
+        pool = self._by_consumer.get(consumer)
+        if pool is None or pool.closed:
+            return  # a new function
+        self.examiner.on_consumer_remade(consumer, made)
+        self.upkeep.found(consumer)
+        self._pulling_again[consumer] = time.monotonic() + random.uniform(*_SETTLE_DOWN)
+        self.background.spawn(self.settler.insist(self._announce))
+        self.wake_at(self._pulling_again[consumer], pool)
 
     def known(self, lease: Lease) -> Held | None:
         """The input that was delivered again, if this worker still has it."""
@@ -427,9 +431,12 @@ class Worker:
         await self.settler.insist(self._announce)
         self.examiner.trust_from(await self.settler.insist(lambda: self.broker.workers.server_time(self.name)))
         await asyncio.sleep(max(0.0, self._pulling_from - time.monotonic()))
+        self._feed_all()
+        await self.settler.insist(self._read_heads)
+
+    def _feed_all(self) -> None:
         for pool in list(self._pools.values()):
             pool.feed()
-        await self.settler.insist(self._read_heads)
 
     # --- room --------------------------------------------------------------------------------------------------------
 
@@ -503,9 +510,11 @@ class Worker:
     async def _pass_on(self) -> None:
         """Hand inputs that wait for room here to workers that have it."""
         waiting = [pool for pool in self._starving() if time.monotonic() - (pool.starving_since or 0) > _HELD_TOO_LONG]
-        if not waiting:
+        if not waiting or self.settler.trouble:
             return
-        others = [w for w in await self.broker.workers.all() if w.worker != self.name and not w.draining]
+        others = [
+            w for w in await self.broker.workers.all() if w.worker != self.name and not w.draining and not w.trouble
+        ]
         if any(other.used < other.containers for other in others):
             for pool in waiting:
                 pool.hand_back("another worker has room")
@@ -520,10 +529,8 @@ class Worker:
         if not self.has_room():
             self._make_way()
             await self._pass_on()
-        if (
-            self._long_running(),
-            self._troubles(),
-        ) != self._announcement or time.monotonic() - self._announced > RENEW_WORKER:
+        news = (self._long_running(), self._troubles(), bool(self.settler.trouble))
+        if news != self._announcement or time.monotonic() - self._announced > RENEW_WORKER:
             await self._announce()
 
     def wake_at(self, moment: float, pool: Pool) -> None:
@@ -547,8 +554,8 @@ class Worker:
 
     async def _announce(self) -> None:
         """Say that this worker is alive, and what it does."""
-        running, troubles = self._long_running(), self._troubles()
-        self._announcement, self._announced = (running, troubles), time.monotonic()
+        running, troubles, trouble = self._long_running(), self._troubles(), self.settler.trouble
+        self._announcement, self._announced = (running, troubles, bool(trouble)), time.monotonic()
         pools = self._pools.values()
         self._presence = await self.broker.workers.announce(
             WorkerRecord(
@@ -564,6 +571,7 @@ class Worker:
                 running=running,
                 functions={pool.key.path: len(pool.containers) for pool in pools if pool.containers},
                 unfit=troubles,
+                trouble=trouble and f"worker {self.name} begins nothing until the store takes results: {trouble}",
             )
         )
 

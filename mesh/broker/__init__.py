@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Self
 
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from mesh.background import Background
-from mesh.broker import schema
+from mesh.broker import room, schema
+from mesh.broker.audit import Finding, audit
 from mesh.broker.calls import Calls
 from mesh.broker.cancels import Cancels
 from mesh.broker.connection import (
@@ -29,8 +31,9 @@ from mesh.broker.leases import Lease, Puller
 from mesh.broker.registry import Registry
 from mesh.broker.results import Results
 from mesh.config import Settings
+from mesh.exception import NotFoundError
 from mesh.protocol import new_client_token
-from mesh.topology import Topology
+from mesh.topology import SHARED_POOL, Topology
 
 __all__ = ["Broker", "Headers", "Lease", "NoResponders", "Puller", "StoreError", "Stored", "Unanswered", "translated"]
 
@@ -90,6 +93,24 @@ class Broker:
     async def ensure(self) -> list[str]:
         """Create what is missing of the environment; returns the names of what was made."""
         return await schema.ensure(self.connection, self.topology, schema.limits_from(self.settings))
+
+    async def mend(self, ack_wait: float) -> list[str]:
+        """Make anew what is missing of the environment and holds nothing to keep; returns the names of what was."""
+        limits = replace(schema.limits_from(self.settings), ack_wait=ack_wait)
+        return await schema.mend(self.connection, self.topology, limits)
+
+    async def audit(self) -> list[Finding]:
+        """What is not as the topology says, and as what is deployed wants it."""
+        try:
+            pools = [(h.app, name, SHARED_POOL) for h in (await self.registry.heads()).values() for name in h.functions]
+            ack_wait = await self.ack_wait()
+        except (NoResponders, StoreError, NotFoundError):  # one of their buckets is gone, which the audit says
+            pools, ack_wait = [], None
+        return await audit(self.connection, self.topology, pools, ack_wait)
+
+    async def levels(self) -> list[room.Level]:
+        """How full the queue, the results and the account are."""
+        return await room.levels(self.connection, self.topology)
 
     async def check(self) -> None:
         """See that the server is there, speaks JetStream, and is new enough."""

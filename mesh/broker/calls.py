@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from mesh.broker.connection import (
+    EXHAUSTED,
     WRONG_LAST_SEQUENCE,
     Connection,
     Stored,
@@ -15,6 +16,7 @@ from mesh.broker.connection import (
     Unanswered,
     translated,
 )
+from mesh.broker.room import Room
 from mesh.exception import ConnectionError, InvalidError, RequestSizeError, VersionError
 from mesh.protocol import Address, Input, token_of
 from mesh.topology import Topology
@@ -30,6 +32,7 @@ class Calls:
         self._connection = connection
         self._topology = topology
         self._submit_timeout = submit_timeout
+        self._room = Room(connection, topology)
 
     async def submit(self, input: Input) -> None:
         """Store one input; returns once the server has it.
@@ -38,18 +41,24 @@ class Calls:
         worker then looks for a result before it runs a marked input.
 
         Raises:
-            ResourceExhaustedError: the queue is full; nothing was stored.
+            ResourceExhaustedError: the queue, the results or the account are 90 % full; nothing was stored.
             RequestSizeError: it is too large for a message.
             ConnectionError: no answer within `submit_timeout`; it may have been accepted.
         """
         self._check_size(input)
         subject = self._topology.call_subject(input.address)
         deadline = time.monotonic() + self._submit_timeout
-        async with translated(f"submitting {input.address.path}"):
+        doing = f"submitting {input.address.path}"
+        async with translated(doing):
+            await self._room.check(doing)
             while True:
                 try:
                     await self._publish(subject, input, min(_ONE_TRY, deadline - time.monotonic()))
                     return
+                except StoreError as error:
+                    if error.code in EXHAUSTED:
+                        raise await self._room.refused(doing, error) from error
+                    raise
                 except Unanswered as error:
                     if time.monotonic() >= deadline:
                         raise ConnectionError(
@@ -121,6 +130,11 @@ class Calls:
     async def delete(self, sequence: int) -> bool:
         """Take one input out of the queue; false if it was gone. Never a purge: that strands other calls."""
         return await self._connection.delete(self._topology.calls, sequence)
+
+    async def replicas(self) -> int:
+        """Copies of the queue that the server keeps."""
+        info = await self._connection.api(f"STREAM.INFO.{self._topology.calls}")
+        return int(info["config"]["num_replicas"])
 
     def address(self, stored: Stored) -> Address | None:
         """Whose input a message is; `None` if it is nobody's."""

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,7 @@ DELETE_FAILED = 10057
 MESSAGE_NOT_FOUND = (10037, 10043)
 NAME_IN_USE = 10058
 JETSTREAM_DISABLED = (10039, 10076)
-_EXHAUSTED = frozenset({10002, 10023, 10026, 10028, 10047, 10077, 10122})
+EXHAUSTED = frozenset({10002, 10023, 10026, 10028, 10047, 10077, 10122})
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +174,10 @@ class Connection:
         with contextlib.suppress(Exception):  # a connection that broke cannot be closed any better
             await asyncio.wait_for(self._client.close(), 2)
 
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do something beside everything else, as long as the connection is open."""
+        return self._background.spawn(work)
+
     @property
     def is_closed(self) -> bool:
         return self._client.is_closed
@@ -186,6 +190,10 @@ class Connection:
     def needs_credentials(self) -> bool:
         """Whether the server asks its clients who they are."""
         return bool(self._client._server_info.get("auth_required"))  # nats-py shows it nowhere else
+
+    @property
+    def server_version(self) -> str:
+        return str(self._client._server_info.get("version", ""))
 
     @property
     def inline_limit(self) -> int:
@@ -503,7 +511,7 @@ async def translated(doing: str) -> AsyncGenerator[None]:
 
 
 def _translate(error: StoreError, doing: str) -> exception.Error:
-    if error.code in _EXHAUSTED:
+    if error.code in EXHAUSTED:
         return exception.ResourceExhaustedError(f"{doing}: {error}")
     if error.code in JETSTREAM_DISABLED:
         return exception.ServiceError(f"{doing}: JetStream is not enabled on this server or for this account ({error})")

@@ -68,7 +68,13 @@ class Runs:
     """Apps of a single run: alive while their client renews them."""
 
     def __init__(self, connection: Connection, topology: Topology) -> None:
+        self._connection = connection
         self._bucket = Bucket(connection, topology, "apps")
+
+    async def is_new(self) -> bool:
+        """Whether the bucket was made (again) so lately that clients which are alive may not be in it yet."""
+        info = await self._connection.api(f"STREAM.INFO.{self._bucket.stream}")
+        return parse_time(info["ts"]) - parse_time(info["created"]) < APP_TTL
 
     async def renew(self, app: str, client: str) -> int:
         return await self._bucket.put(escape(app), client.encode(), ttl=APP_TTL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -21,7 +22,7 @@ from mesh.broker.connection import (
     translated,
 )
 from mesh.exception import ConflictError, Error, NotFoundError
-from mesh.protocol import escape, unescape
+from mesh.protocol import escape, parse_time, unescape
 from mesh.records import AppHead, FunctionRecord, verify
 from mesh.topology import Topology
 
@@ -124,6 +125,15 @@ class Registry:
                 on_head(head)
 
         await self._connection.subscribe(self._topology.deployed_subject(), deliver)
+
+    async def watch_consumers(self, on_made: Callable[[str, float], None]) -> None:
+        """Be told the name of each consumer that is made, by whomever, and when, by the server's clock."""
+
+        async def deliver(message: Msg) -> None:
+            advisory = json.loads(message.data)
+            on_made(advisory["consumer"], parse_time(advisory["timestamp"]))
+
+        await self._connection.subscribe(f"$JS.EVENT.ADVISORY.CONSUMER.CREATED.{self._topology.calls}.*", deliver)
 
     # --- writing -----------------------------------------------------------------------------------------------------
 

@@ -71,20 +71,32 @@ async def ensure(connection: Connection, topology: Topology, wanted: Limits) -> 
         ResourceExhaustedError: no room for a stream; the text names what is free, and the setting.
         ServiceError, VersionError: as `check_server`.
     """
+    return await _make(connection, topology, wanted, [config["name"] for config in topology.streams(wanted)])
+
+
+async def mend(connection: Connection, topology: Topology, wanted: Limits) -> list[str]:
+    """Create what is missing of that which holds nothing to keep. Returns the names of what was made.
+
+    Raises:
+        As `ensure`.
+    """
+    names = [config["name"] for config in topology.streams(wanted)]
+    return await _make(connection, topology, wanted, [name for name in names if not topology.is_kept(name)])
+
+
+async def _make(connection: Connection, topology: Topology, wanted: Limits, names: list[str]) -> list[str]:
     info = await check_server(connection)
     existing = await _names(connection)
-    missing = [config for config in topology.streams(wanted) if config["name"] not in existing]
+    missing = [name for name in names if name not in existing]
     if not missing:
         return []
     free = _free_bytes(info)
     limits = _shares(wanted, _ASSUMED_FREE if free is None else free)
     configs = {config["name"]: config for config in topology.streams(limits)}
-    made = []
-    for config in missing:
-        await _create(connection, configs[config["name"]], may_shrink=free is None)
-        made.append(config["name"])
+    for name in missing:
+        await _create(connection, configs[name], may_shrink=free is None)
     await _write_meta(connection, topology, limits)
-    return made
+    return missing
 
 
 async def _names(connection: Connection) -> set[str]:

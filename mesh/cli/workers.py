@@ -1,55 +1,24 @@
-"""`mesh up`, `mesh worker`, `mesh init`: the long-running side."""
+"""`mesh up`, `mesh worker`, `mesh worker list`, `mesh init`: the long-running side."""
 
 from __future__ import annotations
 
-import json as jsonlib
-import logging
 import os
 import sys
-import time
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from mesh import background
+from mesh.broker import Broker, translated
+from mesh.cli.log import output_shown, set_up_logging
 from mesh.cli.options import Env, Json, Url, with_broker
-from mesh.cli.render import print_json, say
+from mesh.cli.render import ago, print_json, print_table, say
 from mesh.config import Settings
 from mesh.exception import InvalidError
+from mesh.records import WorkerRecord
 
-
-class _JsonLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return jsonlib.dumps(
-            {
-                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-                "level": record.levelname.lower(),
-                "logger": record.name,
-                "message": record.getMessage(),
-                **({"error": self.formatException(record.exc_info)} if record.exc_info else {}),
-            }
-        )
-
-
-def set_up_logging(settings: Settings, *, quiet: bool, verbose: bool) -> None:
-    """Log to stderr, one line an event."""
-    handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-    handler.setFormatter(_JsonLines() if settings.log_format == "json" else text)
-    root = logging.getLogger("mesh")
-    root.handlers = [handler]
-    root.propagate = False
-    root.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
-
-
-def show_output(function: str, where: str, stream: int, text: str) -> None:
-    """What a function printed, with the input it belongs to."""
-    out = sys.stdout if stream == 1 else sys.stderr
-    out.writelines(f"{where} {function} | {line}\n" for line in text.splitlines())
-    out.flush()
-
+app = typer.Typer(invoke_without_command=True)
 
 Containers = Annotated[int | None, typer.Option("--containers", help="Containers it may run at once.", min=1)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Log only what is wrong, and no output of functions.")]
@@ -85,11 +54,13 @@ def _up(
             say(f"on another machine: [bold]mesh worker --url {url}[/]")
         say("deploy with [bold]mesh deploy FILE[/]; Ctrl-C ends it")
 
-    output = None if quiet else show_output
+    output = output_shown(settings, quiet=quiet)
     raise typer.Exit(up(settings, listen=listen, port=port, on_ready=ready, on_output=output))
 
 
+@app.callback()
 def _worker(
+    words: typer.Context,
     env: Env = None,
     url: Url = None,
     containers: Containers = None,
@@ -102,6 +73,8 @@ def _worker(
 
     The first SIGTERM or Ctrl-C takes nothing new and lets running calls finish; the second stops now.
     """
+    if words.invoked_subcommand is not None:
+        return
     from mesh.worker import Worker
 
     if sys.platform != "linux":
@@ -116,9 +89,36 @@ def _worker(
             os.close(ready_fd)
 
     async def work() -> int:
-        return await Worker(settings, on_output=None if quiet else show_output).run(ready)
+        return await Worker(settings, on_output=output_shown(settings, quiet=quiet)).run(ready)
 
     raise typer.Exit(background.run(work()))
+
+
+@app.command("list")
+def list_workers(env: Env = None, url: Url = None, json: Json = False) -> None:
+    """List the workers that are alive, and what each of them does."""
+
+    async def read(broker: Broker) -> list[WorkerRecord]:
+        async with translated("listing workers"):
+            return await broker.workers.all()
+
+    workers = with_broker(env, url, read)
+    if json:
+        print_json([asdict(worker) for worker in workers])
+        return
+    rows = [
+        (w.worker, w.host, str(w.pid), w.python, f"{w.used}/{w.containers}", ago(w.started),
+         "draining" if w.draining else "", ", ".join(w.running), ", ".join(w.functions), _troubles(w))
+        for w in workers
+    ]  # fmt: skip
+    columns = ("Worker", "Host", "Pid", "Python", "Containers", "Started", "State", "Running", "Functions", "Troubles")
+    print_table(columns, rows, "no worker is running; start one with `mesh worker` (or `mesh up`)")
+
+
+def _troubles(worker: WorkerRecord) -> str:
+    """What keeps it from running everything."""
+    unfit = [f"{function}: {reason}" for function, reason in worker.unfit.items()]
+    return "; ".join([worker.trouble, *unfit] if worker.trouble else unfit)
 
 
 def _init(env: Env = None, url: Url = None, json: Json = False) -> None:
@@ -135,8 +135,8 @@ def _init(env: Env = None, url: Url = None, json: Json = False) -> None:
         say("everything is there already")
 
 
-def register(app: typer.Typer) -> None:
+def register(root: typer.Typer) -> None:
     """Add the commands."""
-    app.command("up")(_up)
-    app.command("worker")(_worker)
-    app.command("init")(_init)
+    root.command("up")(_up)
+    root.add_typer(app, name="worker")
+    root.command("init")(_init)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 PLACE = Path(__file__).resolve().parent.parent.parent / ".dev" / "bin"
-PACKAGES = ["iproute2", "strace", "tmux"]
+PACKAGES = ["iproute2", "strace", "systemd", "tmux"]
 
 
 def run(*command: str, **variables: str) -> None:
@@ -20,7 +20,7 @@ def run(*command: str, **variables: str) -> None:
 def main() -> int:
     missing = [
         package
-        for package, program in zip(PACKAGES, ("ip", "strace", "tmux"), strict=True)
+        for package, program in zip(PACKAGES, ("ip", "strace", "systemd-analyze", "tmux"), strict=True)
         if not shutil.which(program)
     ]
     if missing:

@@ -1,0 +1,117 @@
+"""Notices what was deleted or changed in the store by hand; mends what nothing can be lost by, and says the rest.
+
+Each worker looks once a minute, and at once when an answer says that a stream or consumer is gone. What takes many
+requests, the comparison of every setting, one worker of the fleet does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from dataclasses import dataclass, field
+
+from mesh.background import Background
+from mesh.broker import Broker, NoResponders, StoreError, Unanswered
+from mesh.broker.audit import Finding, is_missing
+from mesh.exception import Error
+from mesh.records import AppState
+
+logger = logging.getLogger("mesh.worker")
+
+_PAUSE = 5.0  # seconds between looks, however many requests fail meanwhile
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds between tries to make consumers again
+
+
+@dataclass(slots=True)
+class Upkeep:
+    """Looks after the store, in the name of one worker."""
+
+    broker: Broker
+    worker: str
+    ack_wait: float
+    interval: float
+    background: Background
+    _said: dict[str, Finding] = field(default_factory=dict[str, Finding], init=False)
+    _lost: set[str] = field(default_factory=set[str], init=False)
+    _looking: asyncio.Task[None] | None = field(default=None, init=False)
+    _restoring: asyncio.Task[None] | None = field(default=None, init=False)
+
+    # --- streams and settings ----------------------------------------------------------------------------------------
+
+    async def look(self) -> None:
+        """Make again what can be; compare the rest, unless another worker has just done it."""
+        await self._mend()
+        if await self.broker.locks.claim("audit", self.worker, 0.9 * self.interval):
+            await self._compare()
+
+    def suspect(self, error: Exception) -> None:
+        """Something failed: look now where it may be that something is gone."""
+        if is_missing(error) and (self._looking is None or self._looking.done()):
+            self._looking = self.background.spawn(self._look_now())
+
+    async def _look_now(self) -> None:
+        try:
+            await self._mend()
+            await self._compare()
+        except (Unanswered, NoResponders, StoreError, Error) as error:
+            logger.debug("looking at the store: %r", error)
+        await asyncio.sleep(_PAUSE)
+
+    async def _mend(self) -> None:
+        made = await self.broker.mend(self.ack_wait)
+        if made:
+            logger.warning("%s had been deleted, and is made again, empty", ", ".join(made))
+
+    async def _compare(self) -> None:
+        found = {str(finding): finding for finding in await self.broker.audit()}
+        for text in found.keys() - self._said.keys():
+            logger.error("%s", text)
+        for text in self._said.keys() - found.keys():
+            logger.info("%s is as it should be again", self._said[text].name)
+        self._said = found
+        changed = {finding.pool for finding in found.values() if finding.pool is not None}
+        await self.broker.registry.add_consumers(changed, self.ack_wait)
+
+    # --- consumers ---------------------------------------------------------------------------------------------------
+
+    def is_lost(self, consumer: str) -> bool:
+        """Whether a consumer is gone, so that nothing can be asked of it."""
+        return consumer in self._lost
+
+    def found(self, consumer: str) -> None:
+        """A consumer is there, whoever made it."""
+        self._lost.discard(consumer)
+
+    def lost(self, consumer: str) -> None:
+        """A consumer is gone: make it again, where its function is still there."""
+        self._lost.add(consumer)
+        if self._restoring is None or self._restoring.done():
+            self._restoring = self.background.spawn(self._restore())
+
+    async def _restore(self) -> None:
+        """All that are lost together, and slower each time that it fails."""
+        pause = _FIRST_PAUSE
+        while self._lost:
+            await asyncio.sleep(pause * random.uniform(1.0, 2.0))
+            lost = set(self._lost)
+            try:
+                wanted = await self._still_wanted(lost)
+                await self.broker.registry.add_consumers(wanted.values(), self.ack_wait)
+                self._lost -= lost
+                if wanted:
+                    logger.warning("the consumer %s had been deleted, and is made again", ", ".join(sorted(wanted)))
+            except (Unanswered, NoResponders, StoreError, Error) as error:
+                self.suspect(error)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _still_wanted(self, lost: set[str]) -> dict[str, tuple[str, str, str]]:
+        """Those of functions that are recorded, in apps that are not being ended."""
+        pools = {name: pool for name in lost if (pool := self.broker.topology.parse_consumer(name))}
+        recorded: set[tuple[str, str]] = set()
+        for app in {app for app, _, _ in pools.values()}:
+            head, _ = await self.broker.registry.head(app)
+            if head is not None and not (head.state is AppState.STOPPED and app.startswith("ap-")):
+                names = [function for of, function, _ in pools.values() if of == app]
+                recorded |= {(app, name) for name in await self.broker.registry.functions(app, names)}
+        return {name: pool for name, pool in pools.items() if pool[:2] in recorded}
