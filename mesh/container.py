@@ -32,6 +32,7 @@ from mesh.protocol import Failure, failure
 logger = logging.getLogger("mesh.worker")
 
 FORCE_AFTER = 5.0  # seconds after which a cancelled task that blocks its loop is interrupted; half the grace at most
+_LOOK_AGAIN = 1.0  # seconds between looks whether an input that is due has begun at all
 _LAST_WORDS = 1.0  # seconds to read what a container wrote before it ended
 _KEPT_VARIABLES = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
@@ -159,7 +160,9 @@ class Container:
         self._control, their_control = socket.socketpair()
         pipes = [os.pipe(), os.pipe()]
         own = {**variables, "MESH_TASK_ID": self.name}
-        passed = (theirs.fileno(), their_control.fileno())
+        page = frames.BeginMark.memfd()
+        self._mark = frames.BeginMark(page)
+        passed = (theirs.fileno(), their_control.fileno(), page)
         self._process = subprocess.Popen(  # noqa: ASYNC220 - takes a millisecond; its end is seen through a pidfd
             [sys.executable, "-P", "-m", "mesh.executor", *map(str, passed), str(os.getpid())],
             stdin=subprocess.DEVNULL,
@@ -173,6 +176,7 @@ class Container:
         self._has_process = True
         theirs.close()
         their_control.close()
+        os.close(page)
         for stream, (read, write) in enumerate(pipes, 1):
             os.close(write)
             os.set_blocking(read, False)
@@ -232,7 +236,17 @@ class Container:
 
     def _begin(self, assignment: Assignment) -> None:
         assignment.began = time.monotonic()
-        assignment.timers.append(self._loop.call_later(assignment.timeout, self._listener.on_timeout, self, assignment))
+        assignment.timers.append(self._loop.call_later(assignment.timeout, self._check_time, assignment))
+
+    def _check_time(self, assignment: Assignment) -> None:
+        """Its time counts from when the container began it; one that keeps the container from that has the grace."""
+        began = self._mark.began(assignment.work.seq)
+        latest = assignment.began + assignment.timeout + self._cancel_grace
+        left = (latest if began is None else began + assignment.timeout) - time.monotonic()
+        if left > 0:
+            assignment.timers.append(self._loop.call_later(min(left, _LOOK_AGAIN), self._check_time, assignment))
+        else:
+            self._listener.on_timeout(self, assignment)
 
     def cancel(self, assignment: Assignment, reason: str) -> None:
         """Interrupt one input, by the ladder: raise in it; later also where it blocks its loop; at last kill it.
@@ -454,6 +468,7 @@ class Container:
         self._pipes.clear()
         self._loop.remove_reader(self._control)
         self._control.close()
+        self._mark.close()
         if self._transport is not None:
             self._transport.close()
         shutil.rmtree(self._scratch, ignore_errors=True)

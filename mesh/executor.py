@@ -1,9 +1,10 @@
 """The inside of a container: read a frame, run the user's function, write what it came to.
 
-`python -m mesh.executor` is started by a worker with two sockets: one for frames, one for cancels. The main thread
-reads frames and runs sync functions itself; async functions run as tasks of one loop that reads frames between them.
-Nothing here talks to NATS. User code runs in this process and may do anything, so: the sockets are moved out of its
-way, prints cannot reach them, a forked copy never answers, and what it raises, whatever it is, becomes an outcome.
+`python -m mesh.executor` is started by a worker with two sockets, one for frames and one for cancels, and a page of
+memory that says when an input began. The main thread reads frames and runs sync functions itself; async functions run
+as tasks of one loop that reads frames between them. Nothing here talks to NATS. User code runs in this process and may
+do anything, so: the sockets are moved out of its way, prints cannot reach them, a forked copy never answers, and what
+it raises, whatever it is, becomes an outcome.
 """
 
 from __future__ import annotations
@@ -331,8 +332,9 @@ _OUR_FILES = {__file__, importlib.__file__, contextlib.__file__, serialization._
 class Executor:
     """Runs one function's inputs."""
 
-    def __init__(self, wire: Wire, start: Start, outputs: tuple[Output, Output]) -> None:
+    def __init__(self, wire: Wire, start: Start, outputs: tuple[Output, Output], mark: frames.BeginMark) -> None:
         self._wire = wire
+        self._mark = mark
         self._start = start
         self._outputs = outputs
         self._cancels = Cancels(wire)
@@ -433,6 +435,7 @@ class Executor:
 
     def _begin(self, seq: int) -> bool:
         """From here on a cancel interrupts the input; false if it must not begin at all."""
+        self._mark.note(seq)
         self._cancels.running.add(seq)
         return seq not in self._cancels.dropped and seq not in self._cancels.named
 
@@ -545,18 +548,20 @@ def _replace_output(wire: Wire) -> tuple[Output, Output]:
 
 def main() -> NoReturn:
     """Serve as a container until the worker says stop. Never returns into the interpreter's own clean-up."""
-    protocol, control, parent = (int(argument) for argument in sys.argv[1:4])
+    protocol, control, page, parent = (int(argument) for argument in sys.argv[1:5])
     _die_with_parent(parent)
     _go_first_when_out_of_memory()
     faulthandler.enable(2)  # a segfault leaves a traceback in the function's output
     wire = Wire(_moved(protocol), _moved(control))
+    mark = frames.BeginMark(page)
+    os.close(page)
     start = wire.receive()
     if not isinstance(start, Start):
         os._exit(1)
     outputs = _replace_output(wire)
     sys.argv = [str(Path(start.bundle) / start.function)] if start.bundle else [start.function]
     random.seed()
-    executor = Executor(wire, start, outputs)
+    executor = Executor(wire, start, outputs, mark)
     served = executor.prepare()
     if served:
         executor.serve()

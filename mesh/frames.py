@@ -6,7 +6,10 @@ try of the same input. User bytes stay opaque; only the executor looks into them
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -208,3 +211,41 @@ class Buffer:
                 yield decode(body)
         finally:
             del self._bytes[:start]
+
+
+# --- a page that both sides see --------------------------------------------------------------------------------------
+
+
+class BeginMark:
+    """When the container began its newest input. A busy machine may begin an input long after it was sent, and a frame
+    for each would be a tenth of what a short call costs; this the worker reads only when an input seems late.
+
+    Args:
+        descriptor: of the file behind the page; `memfd` makes one. It may be closed afterwards.
+    """
+
+    _BEGUN = struct.Struct("dq")  # in this order: a moment without its number is taken for that of an older input
+
+    def __init__(self, descriptor: int) -> None:
+        self._page = mmap.mmap(descriptor, self._BEGUN.size)
+
+    @classmethod
+    def memfd(cls) -> int:
+        """A file for a page, in memory alone."""
+        descriptor = os.memfd_create("mesh-begin-mark")
+        os.ftruncate(descriptor, cls._BEGUN.size)
+        return descriptor
+
+    def note(self, seq: int) -> None:
+        """The container begins this input."""
+        self._BEGUN.pack_into(self._page, 0, time.monotonic(), seq)
+
+    def began(self, seq: int) -> float | None:
+        """The monotonic time at which this input began; 0 if newer ones have begun since, `None` if it has not."""
+        moment, newest = self._BEGUN.unpack_from(self._page)
+        if newest < seq:
+            return None
+        return float(moment) if newest == seq else 0.0
+
+    def close(self) -> None:
+        self._page.close()

@@ -690,7 +690,7 @@ def test_a_call_by_hand_to_a_function_that_does_not_exist(own_mesh: Callable[...
     mesh.start_worker(MESH_SWEEP_INTERVAL="0.3")
     with pytest.raises(NotFoundError, match="no function 'nothing' in app 'orphans'"):
         FunctionCall.from_id(call).get(timeout=20)
-    assert dead(mesh, call)
+    until(lambda: dead(mesh, call), what="its dead letter, which comes after the result")
     until(lambda: dead(mesh, "_malformed"), what="the garbage is put aside")
     assert module.echo.remote(1) == 1
 

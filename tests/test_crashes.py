@@ -187,11 +187,11 @@ def test_better_code_runs_at_once_however_long_the_rest_is(own_mesh: Callable[..
     mesh = own_mesh()
     module = mesh.deploy(starting("os._exit(3)"))
     worker = mesh.start_worker()
-    calls = [module.f.spawn(n) for n in range(12)]
+    call = module.f.spawn(5)  # one alone is in the worker's hands each time it tries
     until(lambda: "trying again in 16 s" in worker.log, timeout=60, what="it rests longer each time")
     began = time.monotonic()
     mesh.redeploy(module, starting("pass"))
-    assert FunctionCall.gather(*calls) == list(range(12))
+    assert call.get(timeout=60) == 5
     assert time.monotonic() - began < 12
 
 
@@ -199,26 +199,26 @@ def test_another_worker_runs_what_does_not_start_here(own_mesh: Callable[..., Me
     mesh = own_mesh()
     module = mesh.deploy(starting("os.environ['TZ'] == 'here' or os._exit(3)"))
     broken = mesh.start_worker(TZ="elsewhere")
-    calls = [module.f.spawn(n) for n in range(10)]
-    until(lambda: "trying again in 2 s" in broken.log, what="it does not start there")
-    mesh.start_worker(TZ="here")
+    call = module.f.spawn(5)
+    until(lambda: "trying again in 16 s" in broken.log, timeout=60, what="it does not start there")
     began = time.monotonic()
-    assert FunctionCall.gather(*calls) == list(range(10))
-    assert time.monotonic() - began < 10  # what the broken worker takes for a try, it gives back at once
+    mesh.start_worker(TZ="here")
+    assert call.get(timeout=60) == 5
+    assert time.monotonic() - began < 12
     later = [module.f.spawn(n) for n in range(30)]
     assert FunctionCall.gather(*later) == list(range(30))
-    assert {call.status().attempts for call in [*calls, *later]} == {1}
+    assert {call.status().attempts for call in [call, *later]} == {1}
 
 
 def test_containers_that_fail_together_are_one_failure(own_mesh: Callable[..., Mesh]) -> None:
     mesh = own_mesh()
-    mesh.deploy(
-        starting("time.sleep(0.5); os._exit(3)").replace("startup_timeout", "min_containers=4, startup_timeout")
-    )
+    starts = mesh.ledger()
+    source = starting(f"print('x', file=open({str(starts.path)!r}, 'a')); time.sleep(0.5); os._exit(3)")
+    module = mesh.deploy(source.replace("startup_timeout", "min_containers=4, startup_timeout"))
     worker = mesh.start_worker("--containers", "4")
+    module.f.spawn(1)
     until(lambda: "trying again in 4 s" in worker.log)
-    rests = [line.split("trying again in ")[1].split()[0] for line in worker.log.splitlines() if "trying again" in line]
-    assert rests[:3] == ["1", "2", "4"]
+    assert starts.count() >= 9  # of the four that are started each time the last may still be on its way
 
 
 def test_starting_has_a_clock_of_its_own(own_mesh: Callable[..., Mesh]) -> None:
@@ -250,7 +250,7 @@ def test_without_a_startup_timeout_its_timeout_limits_the_start(own_mesh: Callab
 def test_in_a_single_run_it_fails_the_call_at_once(
     mesh: Mesh, at_import: str, error: type[Exception], text: str
 ) -> None:
-    module = mesh.load(starting(at_import, startup_timeout=1))
+    module = mesh.load(starting(at_import, startup_timeout=1 if "sleep" in at_import else 60))
     with module.app.run(), pytest.raises(error, match=text):
         module.f.remote(1)
 

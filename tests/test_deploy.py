@@ -18,14 +18,15 @@ from mesh.exception import NotFoundError, RemoteError
 from tests.support import Mesh, until
 
 VERSION = """
-    import mesh, time
+    import mesh, os, time
     app = mesh.App({name!r})
 
     @app.function(max_containers=10)
-    def work(path, seconds):
+    def work(path, gate=""):
         with open(path, "a") as file:
             file.write("begin\\n")
-        time.sleep(seconds)
+        while gate and not os.path.exists(gate):
+            time.sleep(0.05)
         return {version}
 
     @app.function()
@@ -37,12 +38,15 @@ VERSION = """
 def test_a_redeploy_with_calls_queued_and_running(own_mesh: Callable[..., Mesh]) -> None:
     mesh = own_mesh()
     module = mesh.deploy(VERSION.format(name="redeploy", version=1, extra="extra"))
-    mesh.start_worker("--containers", "10")
+    worker = mesh.start_worker("--containers", "10")
     path = str(mesh.ledger().path)
-    running = [module.work.spawn(path, 2.0) for _ in range(10)]
+    gate = mesh.directory / "gate"
+    running = [module.work.spawn(path, str(gate)) for _ in range(10)]
     until(lambda: mesh.ledger().count() == 10, what="ten are running")
-    queued = [module.work.spawn(path, 0) for _ in range(1000)]
+    queued = [module.work.spawn(path) for _ in range(1000)]
     mesh.redeploy(module, VERSION.format(name="redeploy", version=2, extra="extra"))
+    until(lambda: "redeploy.work is now version" in worker.log, what="the worker knows the new version")
+    gate.touch()
     assert FunctionCall.gather(*running) == [1] * 10
     assert FunctionCall.gather(*queued) == [2] * 1000
     assert mesh.ledger().count() == 1010
@@ -80,13 +84,15 @@ def test_calls_of_a_stopped_app_fail_with_the_reason(own_mesh: Callable[..., Mes
     module = mesh.deploy(VERSION.format(name="stopped", version=1, extra="extra"))
     worker = mesh.start_worker("--containers", "1")
     path = str(mesh.ledger().path)
-    running = module.work.spawn(path, 1.0)
+    gate = mesh.directory / "gate"
+    running = module.work.spawn(path, str(gate))
     until(lambda: mesh.ledger().count() == 1)
-    queued = [module.work.spawn(path, 0) for _ in range(20)]
+    queued = [module.work.spawn(path) for _ in range(20)]
     mesh.cli("app", "stop", "stopped", "--yes")
     for call in queued:
         with pytest.raises(NotFoundError, match="app 'stopped' was stopped by"):
             call.get(timeout=20)
+    gate.touch()
     assert running.get(timeout=10) == 1
     assert worker.process.poll() is None
     assert mesh.cli("app", "list").stdout == ""

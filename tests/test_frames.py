@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from typing import Any
 
 import msgpack
@@ -14,6 +16,7 @@ from mesh import frames
 from mesh.frames import (
     HEADER_SIZE,
     MAX_FRAME,
+    BeginMark,
     BrokenFrameError,
     Buffer,
     Cancel,
@@ -159,3 +162,22 @@ def test_frames_before_a_broken_one_still_count() -> None:
     assert next(complete) == WORK
     with pytest.raises(BrokenFrameError):
         next(complete)
+
+
+# --- the page that both sides see ------------------------------------------------------------------------------------
+
+
+def test_the_worker_sees_when_the_container_began_its_newest_input() -> None:
+    descriptor = BeginMark.memfd()
+    container, worker = BeginMark(descriptor), BeginMark(descriptor)
+    os.close(descriptor)
+    assert worker.began(1) is None
+    before = time.monotonic()
+    container.note(7)
+    began = worker.began(7)
+    assert began is not None
+    assert before <= began <= time.monotonic()
+    assert worker.began(6) == 0  # some time before
+    assert worker.began(8) is None
+    for mark in (container, worker):
+        mark.close()

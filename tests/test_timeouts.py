@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -205,6 +208,31 @@ def test_each_try_has_the_whole_time(patient: Mesh, late: Any) -> None:
     first, second, third = (float(line.split()[1]) for line in ledger.lines())
     assert second - first >= 1.5
     assert third - second >= 1.5
+
+
+def test_a_container_that_begins_late_costs_the_call_no_time(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    module = mesh.deploy(LATE)
+    worker = mesh.start_worker("--containers", "1")
+    assert module.nearly.remote(0) == 0
+    (container,) = worker.containers()
+    os.kill(container, signal.SIGSTOP)
+    call = module.nearly.spawn(1.5)
+    time.sleep(3)  # more than its timeout, from when it was sent there
+    os.kill(container, signal.SIGCONT)
+    assert call.get(timeout=30) == 1.5
+
+
+def test_a_container_that_never_begins_is_killed(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    module = mesh.deploy(LATE)
+    worker = mesh.start_worker("--containers", "1", MESH_CANCEL_GRACE="1")
+    assert module.nearly.remote(0) == 0
+    (container,) = worker.containers()
+    os.kill(container, signal.SIGSTOP)
+    with pytest.raises(FunctionTimeoutError):
+        module.nearly.remote(0)
+    until(lambda: not alive(container))
 
 
 def test_waiting_for_a_container_takes_no_time_of_the_calls(own_mesh: Callable[..., Mesh]) -> None:
