@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mesh.broker import Broker, translated
+from mesh.broker import Broker, StoreError, Unanswered, translated
 from mesh.broker.audit import Finding
 from mesh.broker.room import Level
 from mesh.config import running_mesh
-from mesh.exception import NotFoundError
+from mesh.exception import NotFoundError, PermissionDeniedError
 from mesh.records import WorkerRecord
 
 
@@ -47,6 +47,7 @@ async def check(broker: Broker) -> Report:
         levels = [] if set(held) & set(missing) else await broker.levels()
         workers = [] if broker.topology.bucket_stream("workers") in missing else await broker.workers.all()
         replicas = 0 if broker.topology.calls in missing else await broker.calls.replicas()
+    refusal = "" if broker.topology.bucket_stream("slots") in missing else await _refusal(broker)
     return Report(
         server=f"{broker.settings.safe_url}, nats-server {broker.connection.server_version}",
         environment=broker.topology.environment,
@@ -54,7 +55,7 @@ async def check(broker: Broker) -> Report:
         durability=_durability(broker, replicas),
         levels=levels,
         workers=workers,
-        problems=[*map(str, findings), *_problems(levels, workers)],
+        problems=[*map(str, findings), *([refusal] if refusal else []), *_problems(levels, workers)],
         notes=list(_notes(workers)),
     )
 
@@ -69,6 +70,22 @@ async def _findings(broker: Broker) -> list[Finding]:
             "creates it, and so do `mesh worker` and `mesh deploy`"
         )
     return findings
+
+
+async def _refusal(broker: Broker) -> str:
+    """Why the store takes nothing; empty if it does. Writes an entry that is gone after a second."""
+    try:
+        await broker.locks.claim(f"check-{broker.token}", broker.client, 1.0)
+    except PermissionDeniedError:
+        return ""  # somebody who may only look
+    except StoreError as error:
+        return f"the server takes nothing: {error}"
+    except Unanswered as error:
+        return (
+            f"the server confirms nothing that is written ({error}): its disk may be full, which its log says; make "
+            "room there, and restart it, since a stream that met a full disk takes nothing until then"
+        )
+    return ""
 
 
 def _problems(levels: Sequence[Level], workers: Sequence[WorkerRecord]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from mesh.background import Background
@@ -25,12 +26,17 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds between tries to make consum
 
 @dataclass(slots=True)
 class Upkeep:
-    """Looks after the store, in the name of one worker."""
+    """Looks after the store, in the name of one worker.
+
+    Attributes:
+        on_made: called with the name of a consumer that was made again or set right, and when it was made.
+    """
 
     broker: Broker
     worker: str
     ack_wait: float
     interval: float
+    on_made: Callable[[str, float], None]
     background: Background
     _said: dict[str, Finding] = field(default_factory=dict[str, Finding], init=False)
     _lost: set[str] = field(default_factory=set[str], init=False)
@@ -71,7 +77,11 @@ class Upkeep:
             logger.info("%s is as it should be again", self._said[text].name)
         self._said = found
         changed = {finding.pool for finding in found.values() if finding.pool is not None}
-        await self.broker.registry.add_consumers(changed, self.ack_wait)
+        await self._make(changed)
+
+    async def _make(self, pools: Collection[tuple[str, str, str]]) -> None:
+        for consumer, made in (await self.broker.registry.add_consumers(pools, self.ack_wait)).items():
+            self.on_made(consumer, made)
 
     # --- consumers ---------------------------------------------------------------------------------------------------
 
@@ -97,7 +107,7 @@ class Upkeep:
             lost = set(self._lost)
             try:
                 wanted = await self._still_wanted(lost)
-                await self.broker.registry.add_consumers(wanted.values(), self.ack_wait)
+                await self._make(wanted.values())
                 self._lost -= lost
                 if wanted:
                     logger.warning("the consumer %s had been deleted, and is made again", ", ".join(sorted(wanted)))

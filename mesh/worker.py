@@ -128,11 +128,12 @@ class Worker:
         await self.broker.ensure()
         self.ack_wait = await self.broker.ack_wait()
         self.settler = Settler(self.broker)
-        self.upkeep = Upkeep(self.broker, self.name, self.ack_wait, self.settings.sweep_interval, self.background)
+        interval = self.settings.sweep_interval
+        self.upkeep = Upkeep(self.broker, self.name, self.ack_wait, interval, self._on_consumer_made, self.background)
         self.settler.on_trouble, self.settler.on_back = self.upkeep.suspect, self._feed_all
         self.examiner = Examiner(self.broker, self.settler, self.name)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
-        self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, self.settings.sweep_interval)
+        self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, interval)
         self.watch = Watch(self.broker, self.name, self._held, self._stop_input)
         self.puller = Puller(self.broker.connection, self.broker.topology, self._on_lease, self._on_void)
         events = self.broker.connection.events
@@ -263,7 +264,8 @@ class Worker:
             for name in head.functions
             if self.broker.topology.consumer(head.app, name) not in existing
         ]
-        await self.broker.registry.add_consumers(missing, self.ack_wait)
+        for consumer, made in (await self.broker.registry.add_consumers(missing, self.ack_wait)).items():
+            self._on_consumer_made(consumer, made)
         for app in set(self._heads) - set(heads):
             self._forget_app(app)
         for head in heads.values():

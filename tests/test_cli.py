@@ -331,7 +331,7 @@ def test_usage_errors() -> None:
 # --- up --------------------------------------------------------------------------------------------------------------
 
 
-def start_up(mesh: Mesh, *arguments: str) -> tuple[subprocess.Popen[str], Path]:
+def start_up(mesh: Mesh, *arguments: str, ready: str = "Ctrl-C ends it") -> tuple[subprocess.Popen[str], Path]:
     log = mesh.directory / "up.log"
     variables = {
         key: value for key, value in mesh.variables.items() if key not in ("MESH_NATS_URL", "MESH_ENVIRONMENT")
@@ -345,7 +345,7 @@ def start_up(mesh: Mesh, *arguments: str) -> tuple[subprocess.Popen[str], Path]:
             text=True,
             start_new_session=True,
         )
-    until(lambda: "Ctrl-C ends it" in log.read_text() or process.poll() is not None, what="mesh up is up")
+    until(lambda: ready in log.read_text() or process.poll() is not None, what="mesh up is up")
     assert process.poll() is None, log.read_text()
     return process, log
 
@@ -396,6 +396,21 @@ def test_up_keeps_its_data_and_ends_cleanly(own_mesh: Callable[..., Mesh]) -> No
     finally:
         process.kill()
         process.wait()
+
+
+def test_up_logs_json_alone_and_says_when_it_writes_to_disk(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    process, log = start_up(mesh, "--log-format", "json", ready="is ready")
+    try:
+        kept = {k: v for k, v in mesh.variables.items() if k not in ("MESH_NATS_URL", "MESH_ENVIRONMENT")}
+        check = [sys.executable, "-m", "mesh", "check"]
+        done = subprocess.run(check, env=kept, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"1 copy, written to disk: 2m (as `mesh up`, process {process.pid}, set it)" in done.stdout
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert all("text" in json.loads(line) for line in log.read_text().splitlines())
 
 
 def test_up_starts_a_server_that_died_again(own_mesh: Callable[..., Mesh]) -> None:

@@ -55,6 +55,8 @@ def commands() -> dict[str, str]:
     group = typer.main.get_command(app)
     found: dict[str, str] = {}
     for name, command in group.commands.items():  # type: ignore[attr-defined]
+        if getattr(command, "invoke_without_command", False):
+            found[f"mesh {name}"] = command.help or ""
         for subname, sub in getattr(command, "commands", {"": command}).items():
             found[f"mesh {name} {subname}".strip()] = sub.help or ""
     return found

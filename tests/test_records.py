@@ -127,6 +127,7 @@ WORKER = WorkerRecord(
     running=("fc-01JXYZ0123ABCDEFGHT0KEN123.0",),
     functions={"shop.resize": 2},
     unfit={"shop.big": "it needs 64 cores"},
+    trouble="the store is full",
     at=1_700_000_001.5,
 )
 WORKER_JSON: dict[str, Any] = {
@@ -143,6 +144,7 @@ WORKER_JSON: dict[str, Any] = {
     "running": ["fc-01JXYZ0123ABCDEFGHT0KEN123.0"],
     "functions": {"shop.resize": 2},
     "unfit": {"shop.big": "it needs 64 cores"},
+    "trouble": "the store is full",
     "at": 1_700_000_001.5,
 }
 

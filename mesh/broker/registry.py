@@ -186,17 +186,21 @@ class Registry:
             if not found or len(names) >= page["total"]:
                 return names
 
-    async def add_consumers(self, pools: Iterable[tuple[str, str, str]], ack_wait: float) -> None:
-        """Create the consumers of these pools (app, function, pool). The same again changes nothing."""
+    async def add_consumers(self, pools: Iterable[tuple[str, str, str]], ack_wait: float) -> dict[str, float]:
+        """Create the consumers of these pools (app, function, pool), or set right what was changed of them.
+
+        Returns when each was made, by the server's clock.
+        """
         gate = asyncio.Semaphore(50)
 
-        async def add(app: str, function: str, pool: str) -> None:
+        async def add(app: str, function: str, pool: str) -> tuple[str, float]:
             config = self._topology.consumer_config(app, function, pool, ack_wait)
             name = f"CONSUMER.CREATE.{self._topology.calls}.{config['durable_name']}.{config['filter_subject']}"
             async with gate:
-                await self._connection.api(name, {"stream_name": self._topology.calls, "config": config})
+                info = await self._connection.api(name, {"stream_name": self._topology.calls, "config": config})
+            return config["durable_name"], parse_time(info["created"])
 
-        await asyncio.gather(*(add(*pool) for pool in pools))
+        return dict(await asyncio.gather(*(add(*pool) for pool in pools)))
 
     async def remove_consumer(self, name: str) -> None:
         """Delete a consumer; what it has not delivered stays in the stream."""

@@ -46,6 +46,8 @@ def _up(
     set_up_logging(settings, quiet=quiet, verbose=verbose)
 
     def ready(server: NatsServer, worker: Worker) -> None:
+        if settings.log_format == "json":
+            return  # the worker's own line says that it is ready, and what is read by machines is JSON alone
         say(f"[bold]mesh is up[/] at nats://{server.address} with {worker.capacity} containers (worker {worker.name})")
         say(f"data in {store_of(settings)}, written to disk: {settings.sync}")
         if listen != "127.0.0.1":
