@@ -94,7 +94,7 @@ def _check_endings(owners: Mapping[str, Call], after: Contents, report: Report) 
             if call.accepted or not call.unsure:
                 report.lost += 1
                 report.wrong.append((id, "lost: it was accepted, or ran, and has no result"))
-        elif ended.value != expected:
+        elif ended.value != expected and not (ended.state is State.CANCELLED and _may_be_cancelled(call)):
             report.wrong.append((id, f"ended {ended.state} with {ended.value}, not with {expected}"))
         if ended is not None and call.given is not None and call.given != ended.value:
             report.doubled += 1
@@ -106,6 +106,11 @@ def _check_endings(owners: Mapping[str, Call], after: Contents, report: Report) 
     if after.stored != len(after.results):
         report.doubled += after.stored - len(after.results)
         report.wrong.append(("", f"{after.stored} results are stored for {len(after.results)} calls"))
+
+
+def _may_be_cancelled(call: Call) -> bool:
+    """Where its client cancelled it, or no longer waited for it in `remote`: it was killed, or had no answer."""
+    return KINDS[call.kind].cancelled or (call.how == "remote" and call.given is None)
 
 
 def _check_dead(after: Contents, report: Report) -> None:
@@ -125,6 +130,7 @@ def _check_executions(
         report.executions += len(runs)
         if id not in owners:
             continue
+        _check_cancelled(owners[id], runs, interrupting, report)
         extra = len(runs) - KINDS[owners[id].kind].executions
         reasons = explanations(owners[id].tried, runs, interrupting)
         report.extra.update(hit.fault.value for hit in reasons[: max(0, extra)])
@@ -132,6 +138,13 @@ def _check_executions(
             report.unexplained += extra - len(reasons)
             times = ", ".join(f"{run.at:.2f} in {run.container} of {run.worker}" for run in runs)
             report.wrong.append((id, f"ran {len(runs)} times, and only {len(reasons)} were interrupted: {times}"))
+
+
+def _check_cancelled(call: Call, runs: list[Execution], hits: list[Hit], report: Report) -> None:
+    """Once `cancel` has returned, nothing begins any more; but for a worker that did not hear of it."""
+    for run in runs:
+        if 0 < call.cancelled < run.at and not any(_explains(hit, call.tried, run, run) for hit in hits):
+            report.wrong.append((run.call, f"ran {run.at - call.cancelled:.2f} s after `cancel` had returned"))
 
 
 def explanations(tried: float, runs: list[Execution], hits: Iterable[Hit]) -> list[Hit]:
