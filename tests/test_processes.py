@@ -17,6 +17,8 @@ import pytest
 
 import mesh as modal
 from mesh import FunctionCall
+from mesh.broker import Broker, Unanswered
+from mesh.broker.bucket import Bucket
 from mesh.exception import AsyncUsageWarning
 from mesh.server import NatsServer
 from tests.support import Mesh, new_mesh
@@ -83,6 +85,43 @@ def test_one_waiter_on_many_calls(mesh: Mesh) -> None:
         return await FunctionCall.gather.aio(*calls)
 
     assert asyncio.run(wait()) == list(range(500))
+
+
+def test_a_program_that_waited_in_its_own_loop_ends(mesh: Mesh) -> None:
+    """The loop's end cancels what reads answers, before the connection takes back what it said of its client."""
+    mesh.deploy(ECHO.format(name="own-loop"))
+    done = mesh.python(
+        """
+        import asyncio, mesh
+        late = mesh.Function.from_name("own-loop", "late")
+        print(asyncio.run(late.remote.aio(4, "x")))  # long enough to say that somebody waits
+        """
+    )
+    assert done.stdout == "x\n", done.stderr
+    assert mesh.ask(lambda broker: Bucket(broker.connection, broker.topology, "clients").keys()) == []
+
+
+def test_a_request_at_the_end_of_its_loop_ends(mesh: Mesh) -> None:
+    """Where everything is cancelled, also what would notice that there is no answer, it is told at once."""
+
+    async def last_words() -> None:
+        broker = await Broker.open(mesh.settings)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            with pytest.raises(Unanswered, match="event loop ends"):
+                await broker.connection.api("INFO")
+            await broker.close()
+            said.append("ended")
+
+    async def ends_at_once() -> None:
+        tasks.append(asyncio.create_task(last_words()))
+        await asyncio.sleep(0.5)
+
+    said: list[str] = []
+    tasks: list[asyncio.Task[None]] = []
+    asyncio.run(ends_at_once())
+    assert said == ["ended"]
 
 
 def test_a_get_begun_before_a_reconnect_still_ends(own_server: Callable[..., NatsServer], tmp_path: Path) -> None:
