@@ -128,6 +128,7 @@ def _check_executions(
     owners: Mapping[str, Call], executions: Mapping[str, list[Execution]], hits: Iterable[Hit], report: Report
 ) -> None:
     interrupting = [hit for hit in hits if hit.fault not in _NOT_INTERRUPTING]
+    interrupting.sort(key=lambda hit: (hit.everyone, not hit.containers))  # the nearest explanation first
     for id, unsorted in executions.items():
         runs = sorted(unsorted, key=lambda run: run.at)
         report.executions += len(runs)
