@@ -43,9 +43,11 @@ class Examiner:
         self._trusted_from = float("inf")
         self._reconnected = float("-inf")
 
-    def on_reconnected(self) -> None:
+    def on_disconnected(self) -> None:
         """The server may have been killed: nothing is trusted until its time is known again."""
         self._trusted_from = float("inf")
+
+    def on_reconnected(self) -> None:
         self._reconnected = time.monotonic()
 
     def trust_from(self, server_time: float) -> None:

@@ -254,6 +254,16 @@ class Connection:
         except nats.errors.Error as error:
             raise self._closed_error() if self.is_closed else exception.ConnectionError(str(error)) from error
 
+    def unsend(self, subject: str) -> None:
+        """Forget messages without headers, to subjects that start so, that were not sent before the connection broke.
+
+        nats-py keeps what is published from the moment of the break on, and sends it before anybody hears that the
+        connection is back.
+        """
+        client, start = self._client, f"PUB {subject}".encode()
+        client._pending = [command for command in client._pending if not command.startswith(start)]
+        client._pending_data_size = sum(map(len, client._pending))
+
     async def subscribe(
         self, subject: str, callback: Callable[[Msg], Awaitable[None]], *, queue: str = ""
     ) -> Subscription:
