@@ -99,10 +99,7 @@ class Examiner:
             await self._settler.finish_other(held.lease, result)
             then(held, Finding.ENDED)
             return
-        if held.lease.delivery > 1:
-            held.log = await self._settler.read_log(held.lease)
-        else:
-            held.marked = True  # the first delivery leaves no mark
+        await self._settler.recall(held)
         then(held, Finding.ELSEWHERE if elsewhere else Finding.RUN)
 
     async def close(self) -> None:
