@@ -31,6 +31,17 @@ def test_everything_is_killed_and_every_call_ends_once(tmp_path: Path) -> None:
     assert all(report.faults.values()), report.faults
 
 
+@pytest.mark.load
+@pytest.mark.timeout(300)
+def test_restarts_of_the_server_alone_make_no_second_execution(tmp_path: Path) -> None:
+    """With an ack wait that outlasts them, as the default does: whoever holds an input renews it when it is back."""
+    run = Run(SEED, 60.0, faults=(Fault.SERVER_KILL,), ack_wait=15.0, directory=tmp_path / "run")
+    report = run.run()
+    assert not report.wrong, "\n".join(run.explained(report))
+    assert report.faults[Fault.SERVER_KILL] > 10
+    assert sum(report.extra.values()) == 0
+
+
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
