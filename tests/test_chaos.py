@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mesh.protocol import State
+from tests.chaos.__main__ import as_json, figures
 from tests.chaos.check import Report, check, too_tame
 from tests.chaos.fleet import left_over
 from tests.chaos.kinds import KINDS
@@ -60,6 +62,19 @@ def test_a_plan_of_ten_minutes_is_wild_enough() -> None:
         "only 4 times cut; 5 are the least",
         "only 19999 calls were accepted; 20000 are the least",
     ]
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_can_be_read_by_people_and_programs() -> None:
+    report = Report(accepted=1234, states=Counter(succeeded=1200), extra=Counter(cut=1), faults=Counter(cut=2))
+    lines = figures(report, 7, 60)
+    assert "accepted          1,234" in lines
+    assert "extra executions  1 (cut 1), unexplained 0" in lines
+    assert "faults            2 (cut 2)" in lines
+    values = json.loads(as_json(report, 7, 60))
+    assert (values["seed"], values["lost"], values["faults"], values["wrong"]) == (7, 0, {"cut": 2}, [])
 
 
 # --- the checker -----------------------------------------------------------------------------------------------------
