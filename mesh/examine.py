@@ -45,9 +45,11 @@ class Examiner:
         self._made: dict[str, float] = {}
         self._forgotten = float("-inf")
 
-    def on_reconnected(self) -> None:
+    def on_disconnected(self) -> None:
         """The server may have been killed: nothing is trusted until its time is known again."""
         self._trusted_from = float("inf")
+
+    def on_reconnected(self) -> None:
         self._forgotten = time.monotonic()
 
     def on_consumer_remade(self, consumer: str, made: float) -> None:
@@ -105,10 +107,7 @@ class Examiner:
             await self._settler.finish_other(held.lease, result)
             then(held, Finding.ENDED)
             return
-        if held.lease.delivery > 1:
-            held.log = await self._settler.read_log(held.lease)
-        else:
-            held.marked = True  # the first delivery leaves no mark
+        await self._settler.recall(held)
         then(held, Finding.ELSEWHERE if elsewhere else Finding.RUN)
 
     async def close(self) -> None:

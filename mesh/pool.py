@@ -214,7 +214,7 @@ class Pool:
         elif finding is Finding.ELSEWHERE:
             later = Execution(kind=Kind.RETURNED, text="another worker holds it", delay=self._worker.ack_wait)
             self._settle(held, later)
-        elif len(held.log.crashes(held.lease.delivery)) >= self._worker.settings.crash_budget:
+        elif len(held.log.crashes(held.number)) >= self._worker.settings.crash_budget:
             self._settle(held, Execution(kind=Kind.CRASHED))
         else:
             self._accept(held)

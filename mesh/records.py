@@ -235,6 +235,14 @@ class AttemptLog:
             return self
         return replace(self, attempts={**self.attempts, delivery: attempt})._fold()
 
+    def number(self, delivery: int) -> int:
+        """What a delivery is written down as: by the server's own count, but for a server that was killed, and counts
+        anew what it has forgotten. Then it is one more than all that is known."""
+        known = self.attempts.get(delivery)
+        if delivery > self.folded and (known is None or known.ending is Ending.BEGAN):
+            return delivery
+        return max([self.folded, *self.attempts]) + 1
+
     def _fold(self) -> Self:
         """Without the oldest entries above the limit. What was lost is never folded: it ends the input long before."""
         old = [n for n, a in sorted(self.attempts.items()) if a.ending not in _LOSSES][:-_KEPT_ATTEMPTS]

@@ -40,6 +40,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SILENCE = 3.0  # seconds of waiting after which a caller is told that no worker is there
+_FIRST_LOOK = 1.0  # seconds the first look may take, so that what is there is found however short the timeout
 _LOOK_AGAIN = 30.0  # seconds between looks whether what is waited for can still come
 _REMOTE_RESULT_TTL = 3600.0  # the caller of `remote` has its value at once; the copy is for lost connections
 _CANCEL_LIMIT = 1.5  # seconds a caller who goes waits until its call is cancelled
@@ -200,7 +201,7 @@ class Function(Generic[P, R]):
             waiter = await broker.results.expect(input.address.key)
             try:
                 await broker.calls.submit(input)
-                result = await call._wait(broker, waiter, None, caller=not input.detach)
+                result = await call._wait(broker, waiter, caller=not input.detach)
             except asyncio.CancelledError:
                 if not input.detach:
                     await call._cancel_behind(broker)
@@ -440,40 +441,51 @@ class FunctionCall(Generic[R]):
             return await broker.results.get(key)
 
     async def _read_or_wait(self, broker: Broker, key: str, timeout: float | None, index: int) -> Result:
-        """Listen first, then read, then wait: whatever happens in between is not missed."""
+        """Listen first, then read, then wait: whatever happens in between is not missed.
+
+        Raises:
+            NotReadyError: not within `timeout`, be it that the server is away.
+        """
+        import asyncio
+
         waiter = await broker.results.expect(key)
         try:
-            found = await self._read(broker, key)
-            if found is None and self._address is None:
-                found = await self._look(broker, index)
-            return found or await self._wait(broker, waiter, timeout, index)
+            async with asyncio.timeout(None if timeout is None else max(timeout, _FIRST_LOOK)):
+                began = time.monotonic()
+                found = await self._read_quietly(broker, key, index)
+            async with asyncio.timeout(None if timeout is None else timeout - (time.monotonic() - began)):
+                return found or await self._wait(broker, waiter, index)
+        except TimeoutError:
+            raise NotReadyError(f"call {self._id} has no result after {timeout:g} s") from None
         finally:
             waiter.close()
 
-    async def _wait(
-        self, broker: Broker, waiter: Waiter, timeout: float | None, index: int = 0, *, caller: bool = False
-    ) -> Result:
+    async def _read_quietly(self, broker: Broker, key: str, index: int) -> Result | None:
+        """The result if it is there, while the server may be away: a reconnect reads what is waited for."""
+        from mesh.exception import ConnectionError as Unreachable
+
+        try:
+            found = await self._read(broker, key)
+            return found if found or self._address else await self._look(broker, index)
+        except Unreachable:
+            return None
+
+    async def _wait(self, broker: Broker, waiter: Waiter, index: int = 0, *, caller: bool = False) -> Result:
         """The result, once it is pushed. Looks at times whether it can still come.
 
         Args:
             caller: the call ends with whoever waits here, who therefore says now and then that it is alive.
 
         Raises:
-            NotReadyError: not within `timeout`. NotFoundError, OutputExpiredError: it cannot come any more.
+            NotFoundError, OutputExpiredError: it cannot come any more.
         """
-        import asyncio
-
-        try:
-            async with asyncio.timeout(timeout) if timeout is not None else contextlib.nullcontext():
-                found = await waiter.wait(_SILENCE)
-                if found is None:
-                    with broker.clients.waiting() if caller else contextlib.nullcontext():
-                        await self._warn_without_worker(broker)
-                        while found is None:
-                            found = await waiter.wait(_LOOK_AGAIN) or await self._look_quietly(broker, index)
-                return found
-        except TimeoutError:
-            raise NotReadyError(f"call {self._id} has no result after {timeout:g} s") from None
+        found = await waiter.wait(_SILENCE)
+        if found is None:
+            with broker.clients.waiting() if caller else contextlib.nullcontext():
+                await self._warn_without_worker(broker)
+                while found is None:
+                    found = await waiter.wait(_LOOK_AGAIN) or await self._look_quietly(broker, index)
+        return found
 
     async def _look_quietly(self, broker: Broker, index: int) -> Result | None:
         """`_look`, while the server may be away: then there is nothing to see, and waiting goes on."""

@@ -35,6 +35,7 @@ class Held:
     """An input a worker holds: its lease, and what is known of earlier deliveries.
 
     Attributes:
+        number: of this delivery among those that are written down; see `AttemptLog.number`.
         since: monotonic time at which it came. marked: that it begins is written down, where that is needed.
         about: by which version it is run, and under which options; set when it is given to a container.
         cancelled: why it was cancelled, if it was; then there is no other try.
@@ -42,6 +43,7 @@ class Held:
 
     lease: Lease
     log: AttemptLog = field(default_factory=AttemptLog)
+    number: int = 1
     since: float = field(default_factory=time.monotonic)
     marked: bool = False
     about: About | None = None
@@ -102,15 +104,15 @@ class Settler:
 
     async def settle(self, held: Held, execution: Execution, about: About) -> Final | Again:
         """Bring an input to where its execution leads."""
-        verdict = judge(execution, held.log, held.lease.delivery, about)
+        verdict = judge(execution, held.log, held.number, about)
         if held.cancelled and isinstance(verdict, Again):  # while its last try came to an end
-            verdict = judge(cancelled(held.cancelled), held.log, held.lease.delivery, about)
+            verdict = judge(cancelled(held.cancelled), held.log, held.number, about)
         match verdict:
             case Final(result, bury):
                 await self._store(held, result, bury)
                 await held.lease.ack()
             case Again(attempt, delay):
-                await self.insist(lambda: self._broker.attempts.add(held.key, held.lease.delivery, attempt))
+                await self.insist(lambda: self._broker.attempts.add(held.key, held.number, attempt))
                 await held.lease.nak(delay)
         return verdict
 
@@ -153,22 +155,23 @@ class Settler:
     async def mark_begun(self, held: Held, worker: str) -> None:
         """Write down that a redelivered input begins, so that it is known who was lost if nothing follows."""
         begun = Attempt(ending=Ending.BEGAN, worker=worker, at=time.time())
-        held.log = await self.insist(lambda: self._broker.attempts.add(held.key, held.lease.delivery, begun))
+        held.log = await self.insist(lambda: self._broker.attempts.add(held.key, held.number, begun))
 
     async def adopt(self, held: Held, lease: Lease, worker: str) -> None:
         """The input was delivered again to the worker that has it: go on under the new lease."""
-        earlier, held.lease = held.lease.delivery, lease
+        earlier, held.lease = held.number, lease
+        held.number = max(earlier + 1, lease.delivery)
         await lease.renew()
         # Written of the earlier delivery: the new one is still to end, as a try perhaps, and would stay what it is.
-        for delivery, ending in ((earlier, Ending.ADOPTED), (lease.delivery, Ending.BEGAN)):
+        for delivery, ending in ((earlier, Ending.ADOPTED), (held.number, Ending.BEGAN)):
             attempt = Attempt(ending=ending, worker=worker, at=time.time())
             await self.insist(functools.partial(self._broker.attempts.add, held.key, delivery, attempt))
 
-    async def read_log(self, lease: Lease) -> AttemptLog:
-        """What is known of earlier deliveries."""
-        assert lease.address is not None
-        key = lease.address.key
-        return await self.insist(lambda: self._broker.attempts.get(key))
+    async def recall(self, held: Held) -> None:
+        """Read what is known of earlier deliveries."""
+        held.log = await self.insist(lambda: self._broker.attempts.get(held.key))
+        held.number = held.log.number(held.lease.delivery)
+        held.marked = held.number == 1  # the first delivery leaves no mark
 
     async def insist(self, action: Callable[[], Awaitable[T]]) -> T:
         """Do it, again and again while the store is full or away. Leases are renewed elsewhere meanwhile."""

@@ -94,10 +94,18 @@ class Watch:
         """Find callers that died, and cancel what they wait for that is still queued. Any worker may, at any time."""
         if self._just_connected:
             return
-        silent = await self._broker.clients.silent(await self._broker.workers.server_time(self._worker))
-        gone = {token for token, entry in silent.items() if await self._broker.clients.forget(entry)}
+        now = await self._broker.workers.server_time(self._worker)
+        clients = self._broker.clients
+        silent = await clients.silent(now)
+        if not silent:
+            return
+        awaited = await self._broker.calls.awaited_by(silent)
+        # Who lives may have left an entry behind, and says anew that he waits only after some seconds of it.
+        young = {token_of(address.call) for address, stored in awaited.items() if now - stored < self._silence}
+        gone = {token for token, entry in silent.items() if token not in young and await clients.forget(entry)}
         if not gone:
             return
         logger.info("%d callers have gone; what they wait for is cancelled", len(gone))
-        for address in await self._broker.calls.awaited_by(gone):
-            await cancel_input(self._broker, address.call, address.index, request=_GONE, at=address)
+        for address in awaited:
+            if token_of(address.call) in gone:
+                await cancel_input(self._broker, address.call, address.index, request=_GONE, at=address)

@@ -411,6 +411,7 @@ class Worker:
     def _on_disconnected(self) -> None:
         if self._resuming is not None:
             self._resuming.cancel()
+        self.examiner.on_disconnected()
         if self.draining:
             return
         logger.warning("the server is away; what runs goes on")

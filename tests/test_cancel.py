@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 
 import pytest
 
 from mesh import FunctionCall
 from mesh.broker import Broker
 from mesh.exception import NotFoundError, RemoteError
-from mesh.protocol import Result, State, new_call_id
+from mesh.protocol import Address, Input, Result, State, new_call_id
+from mesh.watch import Watch
 from tests.support import Mesh, alive, until
 
 JOBS = """
@@ -316,6 +318,49 @@ def test_dead_callers_take_their_remote_calls_along(own_mesh: Callable[..., Mesh
     assert mesh.ledger().count("begin queued") == 0
     until(lambda: queue_is_empty(mesh))
     until(lambda: clients(mesh) == [], what="nobody waits any more")
+
+
+def test_what_a_client_left_behind_does_not_end_its_new_calls(own_mesh: Callable[..., Mesh]) -> None:
+    """A client that lives may not have got rid of its entry; what it waits for since is not old enough to tell."""
+    mesh = own_mesh()
+    mesh.deploy(jobs("left-behind"))
+
+    async def look(broker: Broker) -> None:
+        broker.clients.silence = 4.0
+        with broker.clients.waiting():
+            await eventually(lambda: broker.clients.silent(float("inf")))
+        broker.clients._entry = None  # the request that takes it back is lost
+        await eventually(lambda: broker.clients.silent(time.time()))
+        watch = Watch(broker, "nobody", {}, lambda held, request: None)
+        watch._up_since = 0.0
+        address = Address("left-behind", "sleeps", "_", new_call_id(broker.token))
+        await broker.calls.submit(Input(address=address, body=b"{}", kind="remote"))
+        await watch.callers()
+        assert await broker.calls.find(address.call) is not None
+        assert await broker.clients.silent(time.time()), "it stays, for when the call is old"
+
+        async def given_up() -> bool:
+            await watch.callers()
+            return await broker.calls.find(address.call) is None
+
+        await eventually(given_up)
+        assert await broker.clients.silent(float("inf")) == {}
+
+    async def with_own_broker() -> None:
+        broker = await Broker.open(mesh.settings)
+        try:
+            await look(broker)
+        finally:
+            await broker.close()
+
+    asyncio.run(with_own_broker())
+
+
+async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
+    """Wait for a condition."""
+    async with asyncio.timeout(30):
+        while not await condition():
+            await asyncio.sleep(0.05)
 
 
 def clients(mesh: Mesh) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mesh.protocol import State
+from tests.chaos.__main__ import as_json, figures
 from tests.chaos.check import Report, check, too_tame
 from tests.chaos.fleet import left_over
 from tests.chaos.kinds import KINDS
@@ -31,6 +33,17 @@ def test_everything_is_killed_and_every_call_ends_once(tmp_path: Path) -> None:
     assert all(report.faults.values()), report.faults
 
 
+@pytest.mark.load
+@pytest.mark.timeout(300)
+def test_restarts_of_the_server_alone_make_no_second_execution(tmp_path: Path) -> None:
+    """With an ack wait that outlasts them, as the default does: whoever holds an input renews it when it is back."""
+    run = Run(SEED, 60.0, faults=(Fault.SERVER_KILL,), ack_wait=15.0, directory=tmp_path / "run")
+    report = run.run()
+    assert not report.wrong, "\n".join(run.explained(report))
+    assert report.faults[Fault.SERVER_KILL] > 10
+    assert sum(report.extra.values()) == 0
+
+
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
@@ -49,6 +62,19 @@ def test_a_plan_of_ten_minutes_is_wild_enough() -> None:
         "only 4 times cut; 5 are the least",
         "only 19999 calls were accepted; 20000 are the least",
     ]
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_can_be_read_by_people_and_programs() -> None:
+    report = Report(accepted=1234, states=Counter(succeeded=1200), extra=Counter(cut=1), faults=Counter(cut=2))
+    lines = figures(report, 7, 60)
+    assert "accepted          1,234" in lines
+    assert "extra executions  1 (cut 1), unexplained 0" in lines
+    assert "faults            2 (cut 2)" in lines
+    values = json.loads(as_json(report, 7, 60))
+    assert (values["seed"], values["lost"], values["faults"], values["wrong"]) == (7, 0, {"cut": 2}, [])
 
 
 # --- the checker -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from mesh import serialization
 from mesh.config import Settings
 from mesh.container import Assignment, Container, Exit, environment
 from mesh.frames import Outcome, Start
+from mesh.memory import MemoryWatch
 from mesh.protocol import Failure
 from mesh.records import Code
 from mesh.worker import Worker
@@ -66,7 +67,7 @@ def start_frame() -> Start:
 async def test_a_container_is_stopped_and_killed_before_it_is_started() -> None:
     """Its code is still being fetched, and room is wanted: its pool sees that it is stopping, and drops it."""
     listener = Listener()
-    container = Container("c", listener, 30)
+    container = Container("c", listener, 30, MemoryWatch())
     container.stop()
     assert container.stopping
     container.kill("no more room")
@@ -77,8 +78,8 @@ async def test_a_container_is_stopped_and_killed_before_it_is_started() -> None:
 async def test_a_container_that_is_stopped_while_it_is_started_ends_well(turns: int) -> None:
     """Whenever it is: before the conversation begins, or before the container was told what to be."""
     listener = Listener()
-    container = Container("c", listener, 30)
-    starting = asyncio.create_task(container.start(start_frame(), environment({}, {}), 30))
+    container = Container("c", listener, 30, MemoryWatch())
+    starting = asyncio.create_task(container.start(start_frame(), environment({}, {}), 30, None))
     for _ in range(1 + turns):
         await asyncio.sleep(0)
     container.stop()

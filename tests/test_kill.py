@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from mesh import Function, FunctionCall
-from mesh.broker import Broker
+from mesh.broker import Broker, Puller
 from mesh.protocol import Address, Input, Result, State, new_call_id
 from mesh.server import NatsServer
 from tests.support import Mesh, alive, new_mesh, until
@@ -181,6 +184,43 @@ def test_short_calls_while_the_server_is_killed_again_and_again(
         assert FunctionCall.gather(*calls) == [f"n{n}" for n in range(400)]
         begun = sorted(line.split()[1] for line in mesh.ledger().lines() if line.startswith("begin"))
         assert begun == sorted(f"n{n}" for n in range(400))
+
+
+def test_a_pull_that_the_break_caught_is_not_sent_after_the_reconnect(
+    own_server: Callable[..., NatsServer], tmp_path: Path
+) -> None:
+    """nats-py would send it as soon as the server is back, when other workers have not yet renewed what they hold."""
+    server = own_server(store=tmp_path / "store")
+    with new_mesh(server, tmp_path) as mesh:
+        mesh.deploy(JOBS)
+
+        async def pulls_waiting() -> int:
+            broker = await Broker.open(mesh.settings)
+            puller = Puller(broker.connection, broker.topology, lambda lease: None, lambda consumer, why: None)
+            await puller.start()
+            back = asyncio.Event()
+
+            def on_break() -> None:
+                publish = broker.connection.publish(
+                    f"$JS.API.CONSUMER.MSG.NEXT.{broker.topology.calls}.kill+work+_",
+                    b'{"batch": 1, "expires": 60000000000}',
+                    reply=f"{puller._inbox}.kill+work+_",
+                )
+                with pytest.raises(StopIteration):
+                    publish.send(None)  # as if it had been sent a moment before
+                puller.void_all()
+
+            broker.connection.events.disconnected.append(on_break)
+            broker.connection.events.reconnected.append(back.set)
+            server.kill()
+            own_server(store=tmp_path / "store", port=server.port)
+            await asyncio.wait_for(back.wait(), 20)
+            await broker.connection.flush()
+            info = await broker.connection.api(f"CONSUMER.INFO.{broker.topology.calls}.kill+work+_")
+            await broker.close()
+            return int(info["num_waiting"])
+
+        assert asyncio.run(pulls_waiting()) == 0
 
 
 def test_a_call_longer_than_three_ack_waits_runs_once(own_mesh: Callable[..., Mesh]) -> None:

@@ -17,7 +17,9 @@ import pytest
 
 import mesh as modal
 from mesh import FunctionCall
-from mesh.exception import AsyncUsageWarning
+from mesh.broker import Broker, Unanswered
+from mesh.broker.bucket import Bucket
+from mesh.exception import AsyncUsageWarning, NotReadyError
 from mesh.server import NatsServer
 from tests.support import Mesh, new_mesh
 
@@ -44,6 +46,13 @@ def test_get_without_waiting_returns_at_once(own_mesh: Callable[..., Mesh]) -> N
     with pytest.raises(TimeoutError):
         call.get(timeout=0)
     assert time.monotonic() - began < 1
+
+
+def test_a_value_that_is_there_is_found_however_short_the_timeout(mesh: Mesh) -> None:
+    module = mesh.deploy(ECHO.format(name="short"))
+    call = module.echo.spawn("there")
+    assert call.get() == "there"
+    assert [FunctionCall.from_id(call.object_id).get(timeout=1e-6) for _ in range(20)] == ["there"] * 20
 
 
 def test_ten_waiters_in_ten_processes(mesh: Mesh) -> None:
@@ -85,6 +94,43 @@ def test_one_waiter_on_many_calls(mesh: Mesh) -> None:
     assert asyncio.run(wait()) == list(range(500))
 
 
+def test_a_program_that_waited_in_its_own_loop_ends(mesh: Mesh) -> None:
+    """The loop's end cancels what reads answers, before the connection takes back what it said of its client."""
+    mesh.deploy(ECHO.format(name="own-loop"))
+    done = mesh.python(
+        """
+        import asyncio, mesh
+        late = mesh.Function.from_name("own-loop", "late")
+        print(asyncio.run(late.remote.aio(4, "x")))  # long enough to say that somebody waits
+        """
+    )
+    assert done.stdout == "x\n", done.stderr
+    assert mesh.ask(lambda broker: Bucket(broker.connection, broker.topology, "clients").keys()) == []
+
+
+def test_a_request_at_the_end_of_its_loop_ends(mesh: Mesh) -> None:
+    """Where everything is cancelled, also what would notice that there is no answer, it is told at once."""
+
+    async def last_words() -> None:
+        broker = await Broker.open(mesh.settings)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            with pytest.raises(Unanswered, match="event loop ends"):
+                await broker.connection.api("INFO")
+            await broker.close()
+            said.append("ended")
+
+    async def ends_at_once() -> None:
+        tasks.append(asyncio.create_task(last_words()))
+        await asyncio.sleep(0.5)
+
+    said: list[str] = []
+    tasks: list[asyncio.Task[None]] = []
+    asyncio.run(ends_at_once())
+    assert said == ["ended"]
+
+
 def test_a_get_begun_before_a_reconnect_still_ends(own_server: Callable[..., NatsServer], tmp_path: Path) -> None:
     server = own_server(store=tmp_path / "store")
     with new_mesh(server, tmp_path, ack_wait=5) as mesh:
@@ -100,6 +146,28 @@ def test_a_get_begun_before_a_reconnect_still_ends(own_server: Callable[..., Nat
         time.sleep(2.5)  # the call ends while the server is away
         own_server(store=tmp_path / "store", port=server.port)
         waiter.join(15)
+        assert answers == ["after"]
+
+
+def test_a_get_begun_while_the_server_is_away_waits_for_it(
+    own_server: Callable[..., NatsServer], tmp_path: Path
+) -> None:
+    server = own_server(store=tmp_path / "store")
+    with new_mesh(server, tmp_path, ack_wait=5) as mesh:
+        module = mesh.deploy(ECHO.format(name="away"))
+        call = module.echo.spawn("after")
+        server.kill()
+        began = time.monotonic()
+        with pytest.raises(NotReadyError, match="has no result after 1 s"):
+            call.get(timeout=1)
+        assert time.monotonic() - began < 4
+        answers: list[str] = []
+        waiter = threading.Thread(target=lambda: answers.append(FunctionCall.from_id(call.object_id).get()))
+        waiter.start()
+        time.sleep(0.5)  # it has begun by now; if not, the test is only easier
+        own_server(store=tmp_path / "store", port=server.port)
+        mesh.start_worker()
+        waiter.join(30)
         assert answers == ["after"]
 
 

@@ -328,6 +328,29 @@ def test_an_input_that_its_worker_goes_on_with_under_a_new_delivery_was_not_lost
     assert [crash.error for crash in adopted.crashes(3)] == ["worker w2 lost"]
 
 
+@pytest.mark.parametrize(
+    ("endings", "delivery", "number"),
+    [
+        ({}, 1, 1),
+        ({}, 3, 3),
+        ({1: Ending.FAILED}, 2, 2),
+        ({2: Ending.BEGAN}, 2, 2),  # its mark makes way for how it ends
+        ({1: Ending.FAILED}, 1, 2),  # a server that was killed counts anew
+        ({1: Ending.FAILED, 2: Ending.BEGAN}, 1, 3),
+        ({1: Ending.FAILED, 2: Ending.RETURNED, 3: Ending.CRASHED}, 2, 4),
+    ],
+)
+def test_no_two_deliveries_are_written_down_as_one(endings: dict[int, Ending], delivery: int, number: int) -> None:
+    log = AttemptLog(attempts={n: Attempt(ending=ending) for n, ending in endings.items()})
+    assert log.number(delivery) == number
+
+
+def test_what_is_folded_is_no_number_of_a_new_delivery() -> None:
+    log = AttemptLog(attempts={60: Attempt(ending=Ending.FAILED)}, folded=10, folded_tries=10)
+    assert (log.number(3), log.number(61)) == (61, 61)
+    assert AttemptLog(folded=10).number(3) == 11
+
+
 def test_a_log_is_never_changed_in_place() -> None:
     log = log_of(FAILED)
     log.with_attempt(2, FAILED)

@@ -288,3 +288,18 @@ def test_a_delay_outlives_its_worker(own_mesh: Callable[..., Mesh]) -> None:
     mesh.start_worker()
     assert call.get(timeout=20) == 3
     assert attempts(mesh.ledger()) == [1, 2, 3]
+
+
+def test_a_try_counts_also_where_the_server_has_forgotten_its_delivery(own_mesh: Callable[..., Mesh]) -> None:
+    """As a server that is killed forgets the newest: its deliveries are counted from one again."""
+    mesh = own_mesh()
+    module = mesh.deploy(FLAKY.format(name="forgotten"))
+    first = mesh.start_worker()
+    ledger = mesh.ledger()
+    call = module.works_at_third.spawn(str(ledger.path))
+    until(lambda: call.status().attempts == 1, what="the first try is written down")
+    first.kill()
+    mesh.ask(lambda broker: broker.registry.remove_consumer("forgotten+works_at_third+_"))
+    mesh.start_worker()
+    assert call.get(timeout=30) == 3
+    assert [line.split()[0] for line in ledger.lines()] == ["1", "2", "3"]

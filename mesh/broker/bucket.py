@@ -61,6 +61,10 @@ class Bucket:
         """Delete one entry; false if it was gone, or replaced."""
         return await self._connection.delete(self.stream, sequence)
 
+    async def discard(self, sequence: int) -> None:
+        """Delete one entry without an answer: for ends, when nobody reads one any more."""
+        await self._connection.publish(f"$JS.API.STREAM.MSG.DELETE.{self.stream}", b'{"seq": %d}' % sequence)
+
     async def purge(self, filter: str) -> None:
         """Delete all entries that match, with their history."""
         await self._connection.api(f"STREAM.PURGE.{self.stream}", {"filter": self.subject(filter)})

@@ -18,7 +18,7 @@ from mesh.broker.connection import (
 )
 from mesh.broker.room import Room
 from mesh.exception import ConnectionError, InvalidError, RequestSizeError, VersionError
-from mesh.protocol import Address, Input, token_of
+from mesh.protocol import Address, Input, parse_time, token_of
 from mesh.topology import Topology
 
 _ONE_TRY = 5.0  # seconds one publish waits for its answer before it is repeated
@@ -109,12 +109,13 @@ class Calls:
         subjects = await self._connection.subjects(self._topology.calls, self._topology.call_filter())
         return {self._topology.parse_pool(subject) for subject in subjects}
 
-    async def awaited_by(self, tokens: Collection[str]) -> list[Address]:
-        """Inputs that end with these clients, who wait for them. Reads every subject: not for everyday use."""
+    async def awaited_by(self, tokens: Collection[str]) -> dict[Address, float]:
+        """Inputs that end with these clients, who wait for them, with the times they were stored, in seconds since
+        1970 by the server's clock. Reads every subject: not for everyday use."""
         queued = await self._connection.subjects(self._topology.calls, self._topology.call_filter())
         theirs = [subject for subject in queued if token_of(subject.rpartition(".")[0]) in tokens]
         found = await self._connection.get_many(self._topology.calls, theirs)
-        return [address for stored in found if (address := self._awaited(stored)) is not None]
+        return {address: parse_time(s.time) for s in found if (address := self._awaited(s)) is not None}
 
     def _awaited(self, stored: Stored) -> Address | None:
         try:

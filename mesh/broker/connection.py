@@ -34,6 +34,7 @@ _INLINE_LIMIT = 512 << 10
 _OVERDUE_CHECK = 0.1  # seconds between looks for requests that got no answer
 _LARGEST_WINDOW = 16_384  # sequences looked at in one step backwards
 _MULTI_GET = 500  # keys in one read; the server answers 413 above 1,024
+_ENDING = "the connection is being closed, or its event loop ends"
 _BATCH = 1000  # messages of an atomic batch, the server's limit
 
 Headers = dict[str, str]
@@ -113,6 +114,7 @@ class Connection:
         self._waiting: dict[str, _Waiting] = {}
         self._background = Background()
         self._errors: list[Exception] = []
+        self._deaf = False
         self.events = _Events()
 
     # --- opening and closing -----------------------------------------------------------------------------------------
@@ -260,6 +262,16 @@ class Connection:
         except nats.errors.Error as error:
             raise self._closed_error() if self.is_closed else exception.ConnectionError(str(error)) from error
 
+    def unsend(self, subject: str) -> None:
+        """Forget messages without headers, to subjects that start so, that were not sent before the connection broke.
+
+        nats-py keeps what is published from the moment of the break on, and sends it before anybody hears that the
+        connection is back.
+        """
+        client, start = self._client, f"PUB {subject}".encode()
+        client._pending = [command for command in client._pending if not command.startswith(start)]
+        client._pending_data_size = sum(map(len, client._pending))
+
     async def subscribe(
         self, subject: str, callback: Callable[[Msg], Awaitable[None]], *, queue: str = ""
     ) -> Subscription:
@@ -314,6 +326,8 @@ class Connection:
         deadline = loop.time() + timeout
         if not self._up.is_set() or self.is_closed:
             await self._wait_up(deadline)
+        if self._deaf:
+            raise Unanswered(_ENDING)
         self._check_size(body, headers)
         token = str(next(self._tokens))
         future: asyncio.Future[Msg] = loop.create_future()
@@ -329,13 +343,21 @@ class Connection:
             del self._waiting[token]
 
     async def _end_overdue(self) -> None:
-        """Give up on requests whose time is over: one task for all of them, because a timer each costs more."""
+        """Give up on requests whose time is over: one task for all of them, because a timer each costs more.
+
+        Where it is cancelled, so is what reads answers: the loop ends, and nothing must wait for one any more.
+        """
         loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(_OVERDUE_CHECK)
-            now = loop.time()
-            for waiting in [w for w in self._waiting.values() if w.deadline < now and not w.future.done()]:
-                waiting.future.set_exception(_Overdue())
+        try:
+            while True:
+                await asyncio.sleep(_OVERDUE_CHECK)
+                now = loop.time()
+                for waiting in [w for w in self._waiting.values() if w.deadline < now and not w.future.done()]:
+                    waiting.future.set_exception(_Overdue())
+        finally:
+            self._deaf = True
+            for waiting in [w for w in self._waiting.values() if not w.future.done()]:
+                waiting.future.set_exception(Unanswered(_ENDING))
 
     async def request(
         self, subject: str, body: bytes = b"", headers: Headers | None = None, *, timeout: float = REQUEST_TIMEOUT

@@ -137,8 +137,8 @@ class Clients:
     async def _withdraw(self) -> None:
         entry, self._entry = self._entry, None
         if entry is not None:
-            with contextlib.suppress(Unanswered, NoResponders, StoreError, Error):  # then it is found to be old
-                await self._bucket.delete(entry)
+            with contextlib.suppress(Error):  # then it is found to be old
+                await self._bucket.discard(entry)
 
     async def close(self) -> None:
         """This client waits no more."""

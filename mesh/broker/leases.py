@@ -26,6 +26,7 @@ logger = logging.getLogger("mesh.broker")
 
 EXPIRES = 60.0  # seconds a pull request stays with the server
 HEARTBEAT = 10.0  # seconds between the server's signs of life while it has nothing to deliver
+_NEXT = "$JS.API.CONSUMER.MSG.NEXT."
 _DEAF = 2.5 * HEARTBEAT  # seconds without any sign after which what was asked for is taken as lost
 
 
@@ -143,11 +144,11 @@ class Puller:
 
     async def ask(self, consumer: str, count: int) -> None:
         """Ask a consumer for `count` inputs more, which were reserved."""
-        if self._subscription is None:
+        if self._subscription is None or not self._connection.is_up:
             return
         query = {"batch": count, "expires": int(EXPIRES * 1e9), "idle_heartbeat": int(HEARTBEAT * 1e9)}
         await self._connection.publish(
-            f"$JS.API.CONSUMER.MSG.NEXT.{self._topology.calls}.{consumer}",
+            f"{_NEXT}{self._topology.calls}.{consumer}",
             json.dumps(query).encode(),
             reply=f"{self._inbox}.{consumer}",
         )
@@ -157,9 +158,13 @@ class Puller:
         self._demands.pop(consumer, None)
 
     def void_all(self) -> None:
-        """The connection broke: the server has forgotten every request."""
+        """The connection broke: the server has forgotten every request, and must not get those that were under way.
+
+        They would be answered before other workers are back to renew what they hold.
+        """
         for demand in self._demands.values():
             demand.outstanding = 0
+        self._connection.unsend(_NEXT)
 
     def check(self) -> None:
         """Take back what was asked of consumers that have gone silent: the request was lost on the way."""

@@ -35,6 +35,12 @@ def figures(report: Report, seed: int, seconds: float) -> list[str]:
     ]
 
 
+def as_json(report: Report, seed: int, seconds: float) -> str:
+    """The same for programs."""
+    values = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
+    return json.dumps({"seed": seed, "seconds": seconds, "sync": SYNC, **values}, indent=2) + "\n"
+
+
 def main() -> int:
     """Returns 0 if nothing is wrong, else 1; 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="dev chaos", description=__doc__)
@@ -53,8 +59,7 @@ def main() -> int:
     report.wrong += [("", text) for text in too_tame(report, options.seconds)]
     print("\n".join(figures(report, options.seed, options.seconds)))
     if options.json:
-        values = {"seed": options.seed, "seconds": options.seconds, "sync": SYNC, **dataclasses.asdict(report)}
-        options.json.write_text(json.dumps(values, indent=2) + "\n")
+        options.json.write_text(as_json(report, options.seed, options.seconds))
     if report.wrong:
         print("\n".join(run.explained(report)))
         print(f"wrong: {len(report.wrong)}; again with --seed {options.seed}; logs in {run.directory}")

@@ -57,7 +57,7 @@ def check(book: Book, hits: list[Hit], before: Contents, after: Contents) -> Rep
     report.faults = Counter({fault.value: 0 for fault in Fault} | Counter(hit.fault.value for hit in hits))
     report.wrong += [("", f"an error that nothing explains: {line}") for line in book.broken]
     owners = _owners(book, report)
-    _check_endings(owners, after, report)
+    _check_endings(calls, owners, after, report)
     _check_dead(after, report)
     _check_executions(owners, book.executions, hits, report)
     _check_leftovers(before, after, report)
@@ -86,7 +86,7 @@ def _owners(book: Book, report: Report) -> dict[str, Call]:
     return owners
 
 
-def _check_endings(owners: Mapping[str, Call], after: Contents, report: Report) -> None:
+def _check_endings(calls: list[Call], owners: Mapping[str, Call], after: Contents, report: Report) -> None:
     for id, call in owners.items():
         ended = after.results.get(id)
         expected = KINDS[call.kind].expected(call.n)
@@ -94,18 +94,26 @@ def _check_endings(owners: Mapping[str, Call], after: Contents, report: Report) 
             if call.accepted or not call.unsure:
                 report.lost += 1
                 report.wrong.append((id, "lost: it was accepted, or ran, and has no result"))
-        elif ended.value != expected:
+        elif ended.value != expected and not (ended.state is State.CANCELLED and _may_be_cancelled(call)):
             report.wrong.append((id, f"ended {ended.state} with {ended.value}, not with {expected}"))
         if ended is not None and call.given is not None and call.given != ended.value:
             report.doubled += 1
             report.wrong.append((id, f"its client got {call.given}, and {ended.value} is stored"))
-    for id, ended in after.results.items():
-        report.states[ended.state.value] += 1
-        if id not in owners:
-            report.wrong.append((id, f"ended {ended.state}, and nobody submitted it"))
+    report.states.update(ended.state.value for ended in after.results.values())
+    nameless = [id for id in after.results if id not in owners]
+    # A `remote` that never ran is known by no id, neither to its client nor to a function; it can only be cancelled.
+    unknown = sum(call.how == "remote" and not call.ids and call.given is None for call in calls)
+    for id in nameless:
+        if after.results[id].state is not State.CANCELLED or len(nameless) > unknown:
+            report.wrong.append((id, f"ended {after.results[id].state}, and nobody submitted it"))
     if after.stored != len(after.results):
         report.doubled += after.stored - len(after.results)
         report.wrong.append(("", f"{after.stored} results are stored for {len(after.results)} calls"))
+
+
+def _may_be_cancelled(call: Call) -> bool:
+    """Where its client cancelled it, or no longer waited for it in `remote`: it was killed, or had no answer."""
+    return KINDS[call.kind].cancelled or (call.how == "remote" and call.given is None)
 
 
 def _check_dead(after: Contents, report: Report) -> None:
@@ -120,11 +128,13 @@ def _check_executions(
     owners: Mapping[str, Call], executions: Mapping[str, list[Execution]], hits: Iterable[Hit], report: Report
 ) -> None:
     interrupting = [hit for hit in hits if hit.fault not in _NOT_INTERRUPTING]
+    interrupting.sort(key=lambda hit: (hit.everyone, not hit.containers))  # the nearest explanation first
     for id, unsorted in executions.items():
         runs = sorted(unsorted, key=lambda run: run.at)
         report.executions += len(runs)
         if id not in owners:
             continue
+        _check_cancelled(owners[id], runs, interrupting, report)
         extra = len(runs) - KINDS[owners[id].kind].executions
         reasons = explanations(owners[id].tried, runs, interrupting)
         report.extra.update(hit.fault.value for hit in reasons[: max(0, extra)])
@@ -132,6 +142,13 @@ def _check_executions(
             report.unexplained += extra - len(reasons)
             times = ", ".join(f"{run.at:.2f} in {run.container} of {run.worker}" for run in runs)
             report.wrong.append((id, f"ran {len(runs)} times, and only {len(reasons)} were interrupted: {times}"))
+
+
+def _check_cancelled(call: Call, runs: list[Execution], hits: list[Hit], report: Report) -> None:
+    """Once `cancel` has returned, nothing begins any more; but for a worker that did not hear of it."""
+    for run in runs:
+        if 0 < call.cancelled < run.at and not any(_explains(hit, call.tried, run, run) for hit in hits):
+            report.wrong.append((run.call, f"ran {run.at - call.cancelled:.2f} s after `cancel` had returned"))
 
 
 def explanations(tried: float, runs: list[Execution], hits: Iterable[Hit]) -> list[Hit]:

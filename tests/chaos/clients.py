@@ -18,12 +18,13 @@ from typing import Any
 
 from mesh import Function, FunctionCall
 from mesh.exception import ConnectionError, NotReadyError
-from tests.chaos.kinds import KINDS, Kind, payload, raised, told
+from tests.chaos.kinds import CANCELLED, KINDS, Kind, payload, raised, told
 from tests.chaos.ledger import Ledger
 
 LANES = 24  # of which a third use the blocking face, each in a thread
 _HOW = ("spawn", "spawn", "spawn", "remote", "leave")
 _PAUSE = (0.0, 0.2)  # seconds between two calls of a lane
+_CANCEL_AFTER = (0.0, 2.0)  # seconds
 
 Face = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -64,9 +65,12 @@ class Client:
         data = (payload(n),) if kind.name == "large" else ()
         self._ledger.write("try", nonce, kind=kind.name, n=n, how=how)
         function: Function[..., Any] = Function.from_name("chaos", kind.name)
-        submit = face(function.remote if how == "remote" else function.spawn)
+        arguments = (str(self._directory), nonce, n, *data)
         try:
-            answer = await submit(str(self._directory), nonce, n, *data)
+            if how == "remote":
+                await self._remote(nonce, kind, function, arguments, face)
+                return
+            call = await face(function.spawn)(*arguments)
         except ConnectionError as error:
             # With an id, it may have been accepted; without, the function was not even looked up.
             found = re.search(r"fc-\w{26}", str(error))
@@ -76,14 +80,48 @@ class Client:
                 self._ledger.write("refused", nonce, error=str(error))
             return
         except Exception as error:
-            self._caught(nonce, kind, error, of_submission=how != "remote")
+            self._ledger.write("broken", nonce, error=f"{type(error).__name__}: {error}", kind=kind.name)
             return
-        if how == "remote":
-            self._ledger.write("given", nonce, value=told(answer))
-            return
-        self._ledger.write("accepted", nonce, call=answer.object_id)
+        self._ledger.write("accepted", nonce, call=call.object_id)
+        if kind.cancelled:
+            await self._cancel(nonce, call, face)
         if how == "spawn":
-            await self._get(nonce, kind, answer, face)
+            await self._get(nonce, kind, call, face)
+
+    async def _remote(
+        self,
+        nonce: str,
+        kind: Kind,
+        function: Function[..., Any],
+        arguments: tuple[Any, ...],
+        face: Callable[[Any], Face],
+    ) -> None:
+        """Call and wait; a call that is to be cancelled is by the end of its wait."""
+        remote = function.remote.aio(*arguments) if kind.cancelled else face(function.remote)(*arguments)
+        try:
+            async with asyncio.timeout(self._chance.uniform(*_CANCEL_AFTER) if kind.cancelled else None):
+                self._ledger.write("given", nonce, value=told(await remote))
+        except TimeoutError:
+            self._ledger.write("left", nonce)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            self._caught(nonce, kind, error)
+
+    async def _cancel(self, nonce: str, call: FunctionCall[Any], face: Callable[[Any], Face]) -> None:
+        await asyncio.sleep(self._chance.uniform(*_CANCEL_AFTER))
+        while True:
+            try:
+                await face(call.cancel)()
+            except ConnectionError as error:
+                self._ledger.write("interrupted", nonce, error=str(error))
+                await asyncio.sleep(0.5)
+            except Exception as error:
+                self._ledger.write("broken", nonce, error=f"{type(error).__name__}: {error}", kind="cancel")
+                return
+            else:
+                self._ledger.write("cancelled", nonce)
+                return
 
     async def _get(self, nonce: str, kind: Kind, call: FunctionCall[Any], face: Callable[[Any], Face]) -> None:
         """Wait for the value: without end, or a few seconds at a time; by this handle, or by the id."""
@@ -99,19 +137,18 @@ class Client:
                 self._ledger.write("interrupted", nonce, error=str(error))
                 await asyncio.sleep(0.5)
             except Exception as error:
-                self._caught(nonce, kind, error, of_submission=False)
+                self._caught(nonce, kind, error)
                 return
             else:
                 self._ledger.write("given", nonce, value=told(value))
                 return
 
-    def _caught(self, nonce: str, kind: Kind, error: Exception, *, of_submission: bool) -> None:
-        """What a call ended with, or an error that nothing here explains."""
+    def _caught(self, nonce: str, kind: Kind, error: Exception) -> None:
+        """What a call ended with; said too where nothing here explains it."""
         name = raised(type(error).__name__)
-        if of_submission or name != kind.error:
+        if name != (CANCELLED if kind.cancelled else kind.error):
             self._ledger.write("broken", nonce, error=f"{type(error).__name__}: {error}", kind=kind.name)
-        if not of_submission:
-            self._ledger.write("given", nonce, value=name)
+        self._ledger.write("given", nonce, value=name)
 
 
 def _aio(method: Any) -> Face:

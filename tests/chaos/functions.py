@@ -105,3 +105,11 @@ def late(directory: str, nonce: str, n: int) -> int:
     _note(directory, nonce)
     time.sleep(60)
     return n * 2
+
+
+@app.function(scaledown_window=2)
+def sleepy(directory: str, nonce: str, n: int) -> int:
+    """What clients cancel; sometimes it is faster, or they die before they do."""
+    _note(directory, nonce)
+    time.sleep(6)
+    return n * 2

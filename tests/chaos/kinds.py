@@ -6,6 +6,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
+CANCELLED = "RemoteError"  # what `get` raises for a cancelled call
 CRASH_BUDGET = 8  # of the workers; innocent calls must never use it up, and `crashing` must
 
 
@@ -16,12 +17,14 @@ class Kind:
     Attributes:
         share: how many of 400 calls are of this kind. executions: how often a call of it runs where nothing happens.
         error: name of the exception it ends with; empty where it ends with a value.
+        cancelled: its clients cancel it, so that it ends with `CANCELLED`, unless it is faster.
     """
 
     name: str
     share: int
     executions: int = 1
     error: str = ""
+    cancelled: bool = False
 
     def expected(self, n: int) -> str:
         """What a call of this kind with `n` must come to, as `told` or `raised` tell it."""
@@ -33,7 +36,7 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind(name="quick", share=219),
+        Kind(name="quick", share=203),
         Kind(name="awaiting", share=60),
         Kind(name="slow", share=36),
         Kind(name="failing", share=30, error="ValueError"),
@@ -41,6 +44,7 @@ KINDS = {
         Kind(name="crashing", share=1, executions=CRASH_BUDGET, error="InternalFailure"),
         Kind(name="crashing_once", share=6, executions=2),
         Kind(name="large", share=16),
+        Kind(name="sleepy", share=16, cancelled=True),
         Kind(name="late", share=8, error="FunctionTimeoutError"),
     )
 }

@@ -32,6 +32,7 @@ class Call:
         ids: its id, once known; from an error's text where the submission had no answer.
         accepted: when `spawn` returned, or `remote` with a value. unsure: the submission had no answer.
         refused: why it was not submitted at all. given: what the client got for it.
+        cancelled: when `cancel` returned: nothing of it runs from then on.
     """
 
     nonce: str
@@ -44,6 +45,7 @@ class Call:
     unsure: bool = False
     refused: str = ""
     given: str | None = None
+    cancelled: float = 0.0
     lines: list[str] = field(default_factory=list[str])
 
     def take(self, line: dict[str, Any]) -> None:
@@ -57,6 +59,8 @@ class Call:
                 self.unsure = True
             case "refused":
                 self.refused = line["error"]
+            case "cancelled":
+                self.cancelled = line["at"]
             case "given":
                 self.accepted = self.accepted or line["at"]
                 self.given = line["value"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,13 +46,14 @@ class Planned:
     length: float
 
 
-def plan(seed: int, seconds: float) -> list[Planned]:
-    """The faults of a run. Every kind comes in each round, in another order each time."""
+def plan(seed: int, seconds: float, faults: Collection[Fault] = tuple(Fault)) -> list[Planned]:
+    """The faults of a run, of these kinds. Every kind comes in each round, in another order each time."""
+    kinds = [fault for fault in _ROUND if fault in faults]
     chance = random.Random(seed)
     planned: list[Planned] = []
     at = 2.0  # the workers are starting
     while True:
-        for fault in chance.sample(_ROUND, len(_ROUND)):
+        for fault in chance.sample(kinds, len(kinds)):
             at += chance.uniform(*_PAUSE)
             if at >= seconds:
                 return planned

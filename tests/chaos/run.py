@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.chaos.check import Report, check
 from tests.chaos.fleet import SYNC, Fleet, left_over
 from tests.chaos.ledger import Book
 from tests.chaos.nemesis import Hit, Nemesis
-from tests.chaos.plan import plan
+from tests.chaos.plan import Fault, plan
 from tests.chaos.proxy import Proxy
 from tests.support import Mesh, new_mesh
 
@@ -34,11 +34,14 @@ class Run:
     """One run, of some seconds of faults.
 
     Attributes:
+        faults: the kinds of them. ack_wait: of the environment, in seconds.
         directory: everything it writes; kept where something is wrong.
     """
 
     seed: int
     seconds: float
+    faults: Collection[Fault] = tuple(Fault)
+    ack_wait: float = ACK_WAIT
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="mesh-chaos-")))
     book: Book = field(init=False)
@@ -52,7 +55,7 @@ class Run:
         """Do it all; whatever happens, no process is left behind."""
         server = NatsServer.start(self.directory / "nats", sync=SYNC)
         try:
-            with new_mesh(server, self.directory, ack_wait=ACK_WAIT, **_SIZES) as mesh:
+            with new_mesh(server, self.directory, ack_wait=self.ack_wait, **_SIZES) as mesh:
                 import_file(Path(__file__).with_name("functions.py")).app.deploy()
                 report = self._with(mesh, server)
         finally:
@@ -66,7 +69,7 @@ class Run:
         fleet = Fleet(mesh, server, Proxy(server.port), self.seed)
         try:
             fleet.start()
-            nemesis = Nemesis(fleet, plan(self.seed, self.seconds))
+            nemesis = Nemesis(fleet, plan(self.seed, self.seconds, self.faults))
             nemesis.run(self.seconds, lambda: self._progress(nemesis))
             self._hits = nemesis.hits
             self._end(fleet)

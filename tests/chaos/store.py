@@ -76,7 +76,7 @@ async def read(broker: Broker) -> Contents:
 
 async def queue(broker: Broker) -> tuple[tuple[str, ...], int]:
     """Ids of the inputs in the queue, and how many inputs consumers know of."""
-    subjects = await broker.calls.counts(">")
+    subjects = await broker.connection.subjects(broker.topology.calls, ">")
     _, known = await broker.registry.queue_sizes()
     return tuple(subject.split(".")[-2] for subject in subjects), known
 
