@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mesh import Function
+from mesh.broker.bucket import Bucket
 from mesh.protocol import new_call_id, new_client_token
 from tests.support import ROOT, Mesh, until
 
@@ -38,6 +39,8 @@ EXPECTED = {
     "nats kv get mesh_workers {worker} --raw": '"containers":',
     "nats stream subjects MESH_DEAD": "mesh.dead.shop.refuse.{failed}.0",
     "nats stream get MESH_DEAD -S mesh.dead.shop.refuse.{failed}.0": "ValueError: not today",
+    "nats kv ls mesh_clients": "24XNHWD3",
+    "nats kv get mesh_clients 24XNHWD3 --raw": "web-1/4711",
     "nats kv get mesh_attempts {retrying}.0 --raw": "ValueError: no such customer",
     "nats kv ls mesh_functions": "shop.send_invoice",
     "nats kv get mesh_functions shop --raw": '"state":"deployed"',
@@ -77,6 +80,7 @@ class Facts:
         worker = re.search(r"worker (\S+) is ready", log)
         assert worker is not None
         until(lambda: mesh.ask(lambda broker: broker.connection.get(broker.topology.dead, _letter(broker, failed))))
+        mesh.ask(lambda broker: Bucket(broker.connection, broker.topology, "clients").put("24XNHWD3", b"web-1/4711"))
         return cls(worker[1], done.object_id, failed.object_id, retrying.object_id, new_call_id(new_client_token()))
 
 

@@ -78,6 +78,15 @@ def test_commands_in_the_documentation_exist() -> None:
             assert any(" ".join(words[:count]) in known for count in (2, 3)), f"{page.name}: {line}"
 
 
+def test_tests_that_the_documentation_names_exist() -> None:
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").glob("**/test_*.py")}
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert any(f"def {name}(" in source for source in sources.values()), f"{page.name} names {name}"
+        for file in re.findall(r"`(test_\w+\.py)`", page.read_text()):
+            assert file in sources, f"{page.name} names {file}"
+
+
 def test_every_setting_says_what_it_is() -> None:
     for name, field in FIELDS.items():
         assert field.metadata["doc"], name
