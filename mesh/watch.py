@@ -81,7 +81,7 @@ class Watch:
         old = [
             held
             for held in renewed
-            if held.lease.input is not None and held.lease.input.awaited and now - held.since > self._silence / 2
+            if held.lease.input is not None and held.lease.input.awaited and now - held.since > self._silence
         ]
         if not old or self._just_connected:
             return
