@@ -147,14 +147,17 @@ class Container:
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
-    async def start(self, start: Start, variables: Mapping[str, str], limit: float, memory: int | None) -> None:
+    async def start(
+        self, start: Start, variables: Mapping[str, str], limit: float, memory: int | None, folder: Path | None = None
+    ) -> None:
         """Start the process. It is told what to be at once; `on_ready` follows, or `on_exit`.
 
         Args:
             limit: seconds until it must be ready. memory: MiB that it and what it starts may use; `None`: no limit.
+            folder: where the directory is made that it works in; `None`: where the system has temporary files.
         """
         self._loop = asyncio.get_running_loop()
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"mesh-{self.name}-"))
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=folder))
         self._memory = memory
         ours, theirs = socket.socketpair()
         self._control, their_control = socket.socketpair()

@@ -391,7 +391,9 @@ class Pool:
             if container.stopping:  # asked to while its code was being fetched
                 self._drop(container)
                 return
-            await container.start(start, variables, record.spec.start_limit, record.spec.memory)
+            await container.start(
+                start, variables, record.spec.start_limit, record.spec.memory, self._worker.scratch.path
+            )
         except (Error, OSError) as error:
             self.on_start_failed(container, failure(type(error), str(error)))
             self._drop(container)

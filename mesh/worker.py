@@ -35,6 +35,7 @@ from mesh.memory import MemoryWatch
 from mesh.pool import Pool, PoolKey
 from mesh.protocol import CancelRequest
 from mesh.records import AppHead, AppState, FunctionRecord, WorkerRecord
+from mesh.scratch import Scratch
 from mesh.settle import Held, Settler
 from mesh.sweep import Sweeper
 from mesh.topology import SHARED_POOL
@@ -132,6 +133,7 @@ class Worker:
         self.upkeep = Upkeep(self.broker, self.name, self.ack_wait, interval, self._on_consumer_made, self.background)
         self.settler.on_trouble, self.settler.on_back = self.upkeep.suspect, self._feed_all
         self.examiner = Examiner(self.broker, self.settler, self.name)
+        self.scratch = Scratch()
         self.code = CodeCache(self.broker, self.settings.cache_dir)
         self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, interval)
         self.watch = Watch(self.broker, self.name, self._held, self._stop_input)
@@ -213,6 +215,7 @@ class Worker:
         await self.examiner.close()
         await self.background.cancel()
         await self.broker.close()
+        self.scratch.close()
         logger.info("worker %s has stopped", self.name)
         return ExitCode.SECOND_SIGNAL if self._signals > 1 else ExitCode.DRAINED
 
