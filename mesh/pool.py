@@ -341,7 +341,7 @@ class Pool:
         waiting = len(self._held) + behind + (0 if self._asked() else self._pending)
         load = Load(waiting=waiting, running=sum(c.load > 0 for c in serving), duration=self._median)
         missing = containers_wanted(load, self.record.spec) - len(serving)
-        while missing > 0 and self._worker.make_room(self):
+        while missing > 0 and self._worker.capacity.make_room(self):
             self._start_container()
             missing -= 1
 
@@ -358,7 +358,7 @@ class Pool:
             wanted = sum(self._room(c) if c.ready else 1 for c in serving)
             limit = self.record.spec.max_containers
             below = (limit is None or len(serving) < limit) and not self._resting()
-            if below and (not self._taking or self._worker.has_room()):
+            if below and (not self._taking or self._worker.capacity.has_room()):
                 wanted += 1
         missing = wanted - self._asked() - len(self._held)
         if missing > 0 and (missing * 2 >= wanted or not self._asked()):
@@ -402,7 +402,7 @@ class Pool:
     def _drop(self, container: Container) -> None:
         self.containers.remove(container)
         del self._versions[container]
-        self._worker.changed()
+        self._worker.capacity.changed()
 
     def _start_failed(self, failed: Failure) -> None:
         """The code cannot be started: rest for a while, longer each time, instead of burning the queue.
@@ -459,7 +459,7 @@ class Pool:
             self._median = statistics.median(self._durations)
         self._settle(assignment.owner, _execution(assignment, outcome))
         if not container.load:
-            self._worker.on_idle(self, container)
+            self._worker.capacity.on_idle(container)
         self.feed()
 
     def on_timeout(self, container: Container, assignment: Assignment) -> None:
@@ -480,7 +480,7 @@ class Pool:
         self._worker.on_output(self.key, container, assignment.owner if assignment else None, stream, text)
 
     def on_waiting(self, container: Container) -> None:
-        self._worker.changed()
+        self._worker.capacity.changed()
 
     def on_exit(self, container: Container, lost: Sequence[Assignment], exit: Exit) -> None:
         app, function, ill = self.key.app, self.key.function, bool(exit.out_of_memory)

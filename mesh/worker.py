@@ -26,6 +26,7 @@ from mesh import container as containers
 from mesh.background import Background
 from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered
 from mesh.broker.fleet import RENEW_WORKER
+from mesh.capacity import Capacity
 from mesh.codecache import CodeCache
 from mesh.config import Settings
 from mesh.container import Container
@@ -47,7 +48,6 @@ logger = logging.getLogger("mesh.worker")
 _TICK = 0.5  # seconds between looks at what has no event of its own
 _REREAD = 20.0  # seconds between reads of all heads, in case a push was missed
 _SEEN_AFTER = 1.0  # seconds after which a running input is announced, so that short ones cost nothing
-_SLICE = 1.0  # seconds a container keeps its place once it has it, while other functions wait for one
 _SETTLE_DOWN = (0.8, 1.2)  # seconds after a reconnect in which leases are renewed and nothing new is asked for
 _HELD_TOO_LONG = 2.0  # seconds after which an input that has no room here goes to a worker that has
 _CLIENTS_SWEEP = 10.0  # seconds between looks whether single runs and waiting callers have lost their client
@@ -77,13 +77,13 @@ class Worker:
         on_output: Callable[[str, str, int, str], None] | None = None,
     ) -> None:
         self.settings = settings
-        self.capacity = settings.containers or 8 * (os.cpu_count() or 1)
         host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
         self.name = f"{host}-{secrets.token_hex(3)}"
         self.background = Background()
         self.memory = MemoryWatch()
         self.draining = False
         self._pools: dict[PoolKey, Pool] = {}
+        self.capacity = Capacity(settings.containers or 8 * (os.cpu_count() or 1), self._pools.values())
         self._by_consumer: dict[str, Pool] = {}
         self._held: dict[str, Held] = {}
         self._heads: dict[str, AppHead] = {}
@@ -156,7 +156,7 @@ class Worker:
         logger.info(
             "worker %s is ready: %d containers, environment %s, %s",
             self.name,
-            self.capacity,
+            self.capacity.limit,
             self.broker.topology.environment,
             self.settings.safe_url,
         )
@@ -444,78 +444,23 @@ class Worker:
         for pool in list(self._pools.values()):
             pool.feed()
 
-    # --- room --------------------------------------------------------------------------------------------------------
+    # --- time --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _used(self) -> int:
-        """Containers that take up room: all but those that only wait for other calls, and those about to end."""
-        return sum(
-            not c.waiting and not (c.stopping and not c.load) for pool in self._pools.values() for c in pool.containers
-        )
-
-    def has_room(self) -> bool:
-        return self._used < self.capacity
-
-    def make_room(self, pool: Pool) -> bool:
-        """Whether `pool` may start a container now; an idle one of another pool ends for it."""
-        if self.has_room():
-            return True
-        idle = [
-            container
-            for other in self._pools.values()
-            if other is not pool and len(other.serving) > other.record.spec.min_containers
-            for container in other.serving
-            if container.ready and not container.load
-        ]
-        if not idle:
-            return False
-        min(idle, key=lambda c: c.idle_since).stop()
-        return True
-
-    def on_idle(self, pool: Pool, container: Container) -> None:
-        """A container has nothing to do: it ends if a function without any waits for room."""
-        if self._starving() and not self.has_room():
-            container.stop()
-            self._feed_starving()
-
-    def changed(self) -> None:
-        """There may be room now."""
-        self._feed_starving()
-        for pool in [pool for pool in self._pools.values() if pool.containers]:
-            pool.feed()
-
-    def _starving(self) -> list[Pool]:
-        """Pools whose inputs wait and that have no container, the longest waiting first."""
-        starving = [(since, pool) for pool in self._pools.values() if (since := pool.starving_since) is not None]
-        return [pool for _, pool in sorted(starving, key=lambda pair: pair[0])]
-
-    def _feed_starving(self) -> None:
-        for pool in self._starving():
-            if not self.make_room(pool):
-                break
-            pool.feed()
-
-    def _make_way(self) -> None:
-        """Let busy pools give up containers, one for each pool that waits: those with most of them first."""
-        starving = self._starving()
-        leaving = sum(c.stopping for pool in self._pools.values() for c in pool.containers)
-        now = time.monotonic()
-        for _ in range(len(starving) - leaving):
-            candidates = [
-                (len(pool.serving), now - c.started, c)
-                for pool in self._pools.values()
-                for c in pool.serving
-                if not c.waiting and (len(pool.serving) > 1 or now - c.started > _SLICE)
-            ]
-            if not candidates:
-                return
-            _, _, container = max(candidates, key=lambda candidate: candidate[:2])
-            container.take_back()
-            container.stop()
+    async def _tick(self) -> None:
+        self.puller.check()
+        for pool in list(self._pools.values()):
+            pool.free_hostages()
+            pool.retire_idle()
+        if not self.capacity.has_room():
+            self.capacity.make_way()
+            await self._pass_on()
+        news = (self._long_running(), self._troubles(), bool(self.settler.trouble))
+        if news != self._announcement or time.monotonic() - self._announced > RENEW_WORKER:
+            await self._announce()
 
     async def _pass_on(self) -> None:
         """Hand inputs that wait for room here to workers that have it."""
-        waiting = [pool for pool in self._starving() if time.monotonic() - (pool.starving_since or 0) > _HELD_TOO_LONG]
+        waiting = self.capacity.starving(_HELD_TOO_LONG)
         if not waiting or self.settler.trouble:
             return
         others = [
@@ -524,20 +469,6 @@ class Worker:
         if any(other.used < other.containers for other in others):
             for pool in waiting:
                 pool.hand_back("another worker has room")
-
-    # --- time --------------------------------------------------------------------------------------------------------
-
-    async def _tick(self) -> None:
-        self.puller.check()
-        for pool in list(self._pools.values()):
-            pool.free_hostages()
-            pool.retire_idle()
-        if not self.has_room():
-            self._make_way()
-            await self._pass_on()
-        news = (self._long_running(), self._troubles(), bool(self.settler.trouble))
-        if news != self._announcement or time.monotonic() - self._announced > RENEW_WORKER:
-            await self._announce()
 
     def wake_at(self, moment: float, pool: Pool) -> None:
         """Feed a pool again at a monotonic time."""
@@ -571,8 +502,8 @@ class Worker:
                 python=platform.python_version(),
                 mesh_version=mesh.__version__,
                 started=self._started,
-                containers=self.capacity,
-                used=self._used,
+                containers=self.capacity.limit,
+                used=self.capacity.used,
                 draining=self.draining,
                 running=running,
                 functions={pool.key.path: len(pool.containers) for pool in pools if pool.containers},

@@ -90,7 +90,7 @@ class Run:
             f"{seat.log.stem} still waited for its calls {_CLIENTS_END:g} s after all was well, or failed"
             for seat in fleet.stop("client", _CLIENTS_END)
         ]
-        self._until_queue_is_empty(fleet)
+        self._until_nothing_waits(fleet)
         for seat in fleet.stop("worker", 30):
             fleet.wrong.append(f"{seat.log.stem} did not stop as it should: {seat.process.returncode}")
         deadline = time.monotonic() + 60
@@ -99,10 +99,14 @@ class Run:
             time.sleep(0.1)
         self.book.read()
 
-    def _until_queue_is_empty(self, fleet: Fleet) -> None:
+    def _until_nothing_waits(self, fleet: Fleet) -> None:
+        """Until the queue is empty, and workers have found that killed clients are silent: for that, they want to have
+        been connected for as long as a client may be silent."""
         deadline = time.monotonic() + _QUEUE_ENDS
-        while any(fleet.mesh.ask(store.queue)) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             fleet.replace()
+            if not any(fleet.mesh.ask(store.queue)) and not fleet.mesh.ask(store.waiting_clients):
+                return
             time.sleep(0.2)
 
     def _progress(self, nemesis: Nemesis) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -79,6 +80,11 @@ async def queue(broker: Broker) -> tuple[tuple[str, ...], int]:
     subjects = await broker.connection.subjects(broker.topology.calls, ">")
     _, known = await broker.registry.queue_sizes()
     return tuple(subject.split(".")[-2] for subject in subjects), known
+
+
+async def waiting_clients(broker: Broker) -> list[str]:
+    """Clients that are said to wait for their calls."""
+    return list(await broker.clients.silent(math.inf))
 
 
 async def _streams(broker: Broker) -> list[str]:
