@@ -48,9 +48,8 @@ def _up(
     def ready(server: NatsServer, worker: Worker) -> None:
         if settings.log_format == "json":
             return  # the worker's own line says that it is ready, and what is read by machines is JSON alone
-        say(
-            f"[bold]mesh is up[/] at nats://{server.address} with {worker.capacity.limit} containers (worker {worker.name})"
-        )
+        room = f"{worker.capacity.limit} containers (worker {worker.name})"
+        say(f"[bold]mesh is up[/] at nats://{server.address} with {room}")
         say(f"data in {store_of(settings)}, written to disk: {settings.sync}")
         if listen != "127.0.0.1":
             host = os.uname().nodename if listen == "0.0.0.0" else listen
