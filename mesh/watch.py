@@ -17,6 +17,8 @@ from mesh.settle import Held
 
 logger = logging.getLogger("mesh.worker")
 
+_EARLY = 30.0  # seconds a request is kept that no input here was meant by; a delivery under way takes less
+_MOST_EARLY = 10_000
 _ENDED = CancelRequest(reason="it has a result already")
 _GONE = CancelRequest(reason="its caller has gone")
 
@@ -38,6 +40,7 @@ class Watch:
         self._silence = broker.clients.silence
         self._up_since = time.monotonic()
         self._looking = False
+        self._early: dict[str, tuple[float, CancelRequest]] = {}
         broker.connection.events.reconnected.append(self._on_reconnected)
 
     def _on_reconnected(self) -> None:
@@ -57,7 +60,21 @@ class Watch:
             if held.lease.address is not None and held.key == key:
                 self._stop(held, request)
                 return True
+        self._remember(key, request)
         return False
+
+    def _remember(self, key: str, request: CancelRequest) -> None:
+        """Keep a request for a while: the delivery it is about may be under way, and come after it."""
+        now = time.monotonic()
+        self._early.pop(key, None)
+        self._early[key] = now, request
+        while len(self._early) > _MOST_EARLY or now - next(iter(self._early.values()))[0] > _EARLY:
+            del self._early[next(iter(self._early))]
+
+    def asked_before(self, key: str) -> str:
+        """Why an input that was just delivered is to be cancelled, if somebody asked for that before it came."""
+        when, request = self._early.get(key, (-_EARLY, None))
+        return request.reason if request is not None and time.monotonic() - when < _EARLY else ""
 
     async def look(self, renewed: Sequence[Held]) -> None:
         """Stop those of these inputs that have a result, or nobody who waits for it; one look at a time."""

@@ -383,8 +383,10 @@ class Worker:
         return self._held.get(lease.subject)
 
     def hold(self, held: Held) -> None:
-        """Keep a lease alive from now on."""
+        """Keep a lease alive from now on. Its cancel may have come before it."""
         self._held[held.lease.subject] = held
+        if held.lease.address is not None:
+            held.cancelled = self.watch.asked_before(held.key)
 
     def release(self, held: Held) -> None:
         """Stop keeping a lease alive: it was acknowledged or handed back."""
