@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from mesh import FunctionCall
 from mesh.broker import Broker
 from mesh.exception import NotFoundError, RemoteError
-from mesh.protocol import Address, Input, Result, State, new_call_id
+from mesh.protocol import Address, CancelRequest, Input, Result, State, new_call_id
 from mesh.watch import Watch
 from tests.support import Mesh, alive, until
 
