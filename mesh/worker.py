@@ -24,7 +24,7 @@ from enum import IntEnum
 import mesh
 from mesh import container as containers
 from mesh.background import Background
-from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered
+from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered, translated
 from mesh.broker.fleet import RENEW_WORKER
 from mesh.capacity import Capacity
 from mesh.codecache import CodeCache
@@ -109,7 +109,16 @@ class Worker:
         Raises:
             ConnectionError, AuthError, ServiceError, VersionError: there is no usable server.
         """
-        await self._startup()
+        self.broker = await Broker.open(self.settings, role="worker")
+        self.scratch = Scratch()
+        try:
+            async with translated("starting the worker"):
+                await self._startup()
+        except BaseException:
+            await self.background.cancel()
+            await self.broker.close()
+            self.scratch.close()
+            raise
         ready()
         try:
             await self._main_loop()
@@ -125,7 +134,6 @@ class Worker:
         self._stop.set()
 
     async def _startup(self) -> None:
-        self.broker = await Broker.open(self.settings, role="worker")
         await self.broker.ensure()
         self.ack_wait = await self.broker.ack_wait()
         self.settler = Settler(self.broker)
@@ -133,7 +141,6 @@ class Worker:
         self.upkeep = Upkeep(self.broker, self.name, self.ack_wait, interval, self._on_consumer_made, self.background)
         self.settler.on_trouble, self.settler.on_back = self.upkeep.suspect, self._feed_all
         self.examiner = Examiner(self.broker, self.settler, self.name)
-        self.scratch = Scratch()
         self.code = CodeCache(self.broker, self.settings.cache_dir)
         self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, interval)
         self.watch = Watch(self.broker, self.name, self._held, self._stop_input)

@@ -13,8 +13,10 @@ import pytest
 
 from mesh import Function, FunctionCall
 from mesh.broker import Broker, Puller
+from mesh.exception import ConnectionError
 from mesh.protocol import Address, Input, Result, State, new_call_id
 from mesh.server import NatsServer
+from mesh.worker import Worker
 from tests.support import Mesh, alive, new_mesh, until
 
 # Each execution writes one line when it begins and one when it ends, with the process that ran it.
@@ -314,3 +316,23 @@ def test_a_second_signal_stops_now(own_mesh: Callable[..., Mesh]) -> None:
     assert not alive(container)
     assert call.status().state == "queued"
     assert Function.from_name("kill", "work")  # the app itself is untouched
+
+
+def test_a_server_that_goes_while_a_worker_starts_is_named(
+    own_server: Callable[..., NatsServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the chaos run, seed 12: it ended with a traceback, and left its connection open."""
+    server = own_server()
+    read_heads = Worker._read_heads
+
+    async def server_goes_first(worker: Worker) -> None:
+        server.kill()
+        await read_heads(worker)
+
+    monkeypatch.setattr(Worker, "_read_heads", server_goes_first)
+    with new_mesh(server, tmp_path) as mesh:
+        worker = Worker(mesh.settings)
+        with pytest.raises(ConnectionError, match="starting the worker: "):
+            asyncio.run(worker.run())
+        assert worker.broker.connection.is_closed
+        assert not worker.scratch.path.exists()
