@@ -33,6 +33,10 @@ logger = logging.getLogger("mesh.worker")
 
 FORCE_AFTER = 5.0  # seconds after which a cancelled task that blocks its loop is interrupted; half the grace at most
 _LOOK_AGAIN = 1.0  # seconds between looks whether an input that is due has begun at all
+_PIPE_SIZE = 1 << 16  # bytes of a pipe, and of one read
+_READS = 4  # reads of a pipe at once: as much as it holds, and a little; the loop has other things to do
+_MAX_PRINTED = 1 << 20  # bytes that an input prints past Python, and are passed on
+_PRINTED_WINDOW = 60.0  # seconds after which a container that runs long may print as much again
 _LAST_WORDS = 1.0  # seconds to read what a container wrote before it ended
 _KEPT_VARIABLES = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
@@ -144,6 +148,7 @@ class Container:
         self._start_failed = False
         self._timers: list[asyncio.TimerHandle] = []
         self._pipes: dict[int, tuple[int, Any]] = {}
+        self._printed, self._printed_since = 0, 0.0
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
@@ -363,6 +368,7 @@ class Container:
         for pipe in self._pipes:
             self._drain_pipe(pipe)
         del self._assignments[outcome.seq]
+        self._forget_printed()
         self._finish(assignment)
         self.served += 1
         self.idle_since = time.monotonic()
@@ -399,9 +405,9 @@ class Container:
     def _drain_pipe(self, pipe: int) -> None:
         """Read what C code and subprocesses printed; it belongs to the running input if there is no doubt which."""
         stream, decoder = self._pipes[pipe]
-        while True:
+        for _ in range(_READS):
             try:
-                data = os.read(pipe, 1 << 16)
+                data = os.read(pipe, _PIPE_SIZE)
             except BlockingIOError:
                 return
             except OSError:
@@ -409,10 +415,25 @@ class Container:
             if not data:
                 self._loop.remove_reader(pipe)
                 return
-            only = next(iter(self._assignments.values())) if len(self._assignments) == 1 else None
-            text = decoder.decode(data)
+            text = decoder.decode(self._allowed(data))
             if text:
+                only = next(iter(self._assignments.values())) if len(self._assignments) == 1 else None
                 self._listener.on_output(self, only, stream, text)
+
+    def _allowed(self, data: bytes) -> bytes:
+        """What of this output is passed on: 1 MiB an input, or a minute. The rest is read all the same, and dropped:
+        a program that cannot write would stop, and one that writes without pause must not fill everything."""
+        if time.monotonic() - self._printed_since > _PRINTED_WINDOW:
+            self._forget_printed()
+        before, self._printed = self._printed, self._printed + len(data)
+        if before >= _MAX_PRINTED:
+            return b""
+        if self._printed < _MAX_PRINTED:
+            return data
+        return data[: _MAX_PRINTED - before] + "\n… output cut: the limit is 1 MiB an input\n".encode()
+
+    def _forget_printed(self) -> None:
+        self._printed, self._printed_since = 0, time.monotonic()
 
     def on_conversation_end(self) -> None:
         """Nothing more will come over the socket. That does not mean that the process has ended."""

@@ -118,6 +118,7 @@ class Cancels:
         self.forced: set[int] = set()
         self.dropped: set[int] = set()
         self.running: set[int] = set()
+        self.begun = 0  # the newest that was; inputs come with growing numbers, and begin in their order
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -150,7 +151,7 @@ class Cancels:
             if frame.force:
                 self.forced.add(frame.seq)
         elif isinstance(frame, Drop):
-            given_back = frame.seq not in self.running
+            given_back = frame.seq > self.begun  # one that has ended may still be thought to wait
             if given_back:
                 self.dropped.add(frame.seq)
             with contextlib.suppress(OSError):  # the worker is gone
@@ -437,6 +438,7 @@ class Executor:
         """From here on a cancel interrupts the input; false if it must not begin at all."""
         self._mark.note(seq)
         self._cancels.running.add(seq)
+        self._cancels.begun = seq
         return seq not in self._cancels.dropped and seq not in self._cancels.named
 
     def _off(self, seq: int) -> Outcome | None:

@@ -11,7 +11,7 @@ import pytest
 from mesh import serialization
 from mesh.config import Settings
 from mesh.container import Assignment, Container, Exit, environment
-from mesh.frames import Outcome, Start
+from mesh.frames import Outcome, Start, Work
 from mesh.memory import MemoryWatch
 from mesh.protocol import Failure
 from mesh.records import Code
@@ -104,3 +104,26 @@ async def test_a_duty_that_fails_is_done_again() -> None:
         while times < 3:
             await asyncio.sleep(0.001)
     doing.cancel()
+
+
+async def test_an_input_that_has_run_is_not_given_back() -> None:
+    """Its outcome is under way when it is asked for back: given back, it would run twice."""
+    listener = Listener()
+    container = Container("c", listener, 30, MemoryWatch())
+    await container.start(start_frame(), environment({}, {}), 60, None)
+    async with asyncio.timeout(60):
+        while "ready" not in listener.said:
+            await asyncio.sleep(0.01)
+    format, body = serialization.encode_arguments((["one"],), {})
+    for seq in (1, 2):
+        work = Work(seq, "fc-1", 0, 1, "", format, body, True)
+        container.run(Assignment(work, None, 60.0))
+    await asyncio.sleep(0)
+    time.sleep(1.0)
+    container.take_back()
+    async with asyncio.timeout(60):
+        while container.load:
+            await asyncio.sleep(0.01)
+    assert listener.said == ["ready", "outcome", "outcome"]
+    container.kill("the test is over")
+    await container.ended()

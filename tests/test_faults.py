@@ -41,6 +41,12 @@ JOBS = """
         return "done"
 
     @app.function()
+    def prints_without_pause(path, seconds):
+        note(path, "begin")
+        subprocess.run(["timeout", str(seconds), "yes"])
+        return "done"
+
+    @app.function()
     def leaves_things_behind(path):
         threading.Thread(target=time.sleep, args=(3600,)).start()
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
@@ -80,14 +86,16 @@ def test_a_paused_worker_is_replaced_and_its_late_result_refused(own_mesh: Calla
     assert call.get() == value, "the first result stays"
 
 
-@pytest.mark.parametrize("function", ["blocks_its_loop", "holds_the_interpreter"])
+@pytest.mark.parametrize("function", ["blocks_its_loop", "holds_the_interpreter", "prints_without_pause"])
 def test_code_that_lets_nothing_else_run_keeps_its_lease(own_mesh: Callable[..., Mesh], function: str) -> None:
-    mesh = own_mesh(ack_wait=1)
+    mesh = own_mesh(ack_wait=3)
     module = mesh.deploy(JOBS)
-    mesh.start_worker()
-    mesh.start_worker()
-    assert getattr(module, function).remote(str(mesh.ledger().path), 4.0) == "done"
+    workers = [mesh.start_worker() for _ in range(2)]
+    assert getattr(module, function).remote(str(mesh.ledger().path), 8.0) == "done"
     assert mesh.ledger().count("begin") == 1
+    if function == "prints_without_pause":
+        until(lambda: any("output cut: the limit is 1 MiB" in worker.log for worker in workers))
+        assert sum(worker.log_file.stat().st_size for worker in workers) < 64 << 20
 
 
 def test_what_a_function_leaves_behind_ends_with_its_container(own_mesh: Callable[..., Mesh]) -> None:
