@@ -315,7 +315,7 @@ def test_ctrl_c_leaves_a_detached_call_alone(mesh: Mesh) -> None:
 def test_dead_callers_take_their_remote_calls_along(own_mesh: Callable[..., Mesh]) -> None:
     mesh = own_mesh(ack_wait=2, caller_silence=8)
     module = mesh.deploy(jobs("caller"))
-    worker = mesh.start_worker("--containers", "2")
+    mesh.start_worker("--containers", "2")
     path = str(mesh.ledger().path)
     spawned = module.sleeps.spawn(path, "spawned", 24)
     began(mesh, "spawned")
@@ -330,13 +330,19 @@ def test_dead_callers_take_their_remote_calls_along(own_mesh: Callable[..., Mesh
         process.kill()
         process.communicate()
     until(lambda: mesh.ledger().count("caught running CancelledError"), timeout=60)
-    until(lambda: worker.log.count("its caller has gone") == 2)
+    until(lambda: cancelled(mesh) == ["stubborn", "waits"], what="both, whoever held them")
     assert spawned.get(timeout=60) == "spawned"
     waiter.join()
     assert living == ["living"]
     assert mesh.ledger().count("begin queued") == 0
     until(lambda: queue_is_empty(mesh))
     until(lambda: clients(mesh) == [], what="nobody waits any more")
+
+
+def cancelled(mesh: Mesh) -> list[str]:
+    """Functions whose calls ended because their caller had gone."""
+    found = json.loads(mesh.cli("call", "list", "--state", "cancelled", "--error", "caller has gone", "--json").stdout)
+    return sorted(call["function"] for call in found["calls"])
 
 
 def test_what_a_client_left_behind_does_not_end_its_new_calls(own_mesh: Callable[..., Mesh]) -> None:
