@@ -17,7 +17,30 @@ from mesh.settle import end_without_lease
 _ASK_LISTED = 2.0  # seconds to ask again where a live worker lists the input, but does not answer
 _LOOK_AGAIN = 5.0  # seconds of waiting for the worker's result after which everything is looked at anew
 _PAUSE = 0.1  # seconds between two requests to a worker that is ending what it ran
+_TOGETHER = 256  # inputs of one call that are ended at once
 _GIVE_UP = 90.0  # seconds; longer than any worker takes to end what does not want to (`cancel_grace`, then SIGKILL)
+
+
+async def cancel_call(broker: Broker, call: str, *, request: CancelRequest) -> State | None:
+    """End all inputs of a call, those included that its caller submits meanwhile: he stops at the first that is
+    cancelled. Returns `CANCELLED` if any was; else the state of its first one, `None` if the mesh does not know it.
+
+    Raises:
+        ServiceError: as `cancel_input`.
+    """
+    together = asyncio.Semaphore(_TOGETHER)
+
+    async def one(address: Address) -> State | None:
+        async with together:
+            return await cancel_input(broker, call, address.index, request=request, at=address)
+
+    states: dict[Address, State | None] = {}
+    while left := [address for address in await broker.calls.of_call(call) if address not in states]:
+        states |= zip(left, await asyncio.gather(*map(one, left)), strict=True)
+    if State.CANCELLED in states.values():
+        return State.CANCELLED
+    first = await broker.results.get(f"{call}.0")
+    return first.state if first else None
 
 
 async def cancel_input(

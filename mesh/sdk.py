@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from mesh import context, serialization
-from mesh._sync import both, both_static
+from mesh._sync import both, both_generators, both_static
 from mesh.exception import (
+    DeprecationError,
     DeserializationError,
     ExecutionError,
     InvalidError,
@@ -232,27 +233,139 @@ class Function(Generic[P, R]):
         return self._raw
 
     def _input(
-        self, broker: Broker, record: FunctionRecord, kind: str, args: tuple[object, ...], kwargs: dict[str, object]
+        self,
+        broker: Broker,
+        record: FunctionRecord,
+        kind: str,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        *,
+        call: str = "",
+        index: int = 0,
     ) -> Input:
+        """An input of a new call, or another one of the call of several inputs that is named."""
         spec = record.spec
         if spec.is_generator:
-            raise InvalidError(f"{self._name!r} is a generator function: use .remote_gen(), not .{kind}()")
+            raise self._generates(kind)
         main = serialization.main_name()
         main_as = main if main is not None and main.partition(".")[0] in record.modules else None
         format, body = serialization.encode_arguments(args, kwargs, main_as)
         running = context.current.get()
         return Input(
-            address=Address(record.app, self._name, SHARED_POOL, new_call_id(broker.token), 0),
+            address=Address(record.app, self._name, SHARED_POOL, call or new_call_id(broker.token), index),
             body=body,
             format=format,
             kind=kind,
             client=broker.client,
             parent=running.key if running else "",
-            result_ttl=spec.result_ttl or (_REMOTE_RESULT_TTL if kind == "remote" else None),
+            result_ttl=spec.result_ttl or (_REMOTE_RESULT_TTL if kind in ("remote", "map") else None),
             keep_result=spec.keep_result,
             detach=spec.detach,
             preview=serialization.preview(format, body) if broker.settings.preview else "",
         )
+
+    def _generates(self, kind: str) -> InvalidError:
+        return InvalidError(f"{self._name!r} is a generator function: use .remote_gen(), not .{kind}()")
+
+    def _call_of(self, broker: Broker, record: FunctionRecord, call: str, index: int) -> FunctionCall[R]:
+        """A handle on one input of a call of several."""
+        address = Address(record.app, self._name, SHARED_POOL, call, index)
+        return FunctionCall(call, environment=broker.topology.environment, address=address)
+
+    # --- calling with several inputs ---------------------------------------------------------------------------------
+
+    @both_generators
+    def map(
+        self,
+        /,
+        *input_iterators: Iterable[Any] | AsyncIterable[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        order_outputs: bool = True,
+        return_exceptions: bool = False,
+        wrap_returned_exceptions: bool | None = None,
+    ) -> AsyncGenerator[list[R], None]:
+        """Call the function with each item, side by side, and iterate over the values: `for value in f.map(items)`, or
+        `async for value in f.map.aio(items)`. Nothing is called before it is iterated over.
+
+        Items are read as there is room: at most 1,000 are read whose values have not been taken. So iterables, plain or
+        asynchronous, may be endless or slow; plain ones are read in a thread of their own.
+
+        Args:
+            input_iterators: one for each positional argument; the shortest ends it.
+            kwargs: given to each input.
+            order_outputs: in the order of the items; else as they are there.
+            return_exceptions: give what a failed input raised as its value, instead of ending at the first.
+            wrap_returned_exceptions: exceptions are never wrapped; warns that it has no effect.
+
+        Raises:
+            Exception: at the first input that fails, what it raised; or what an iterable raised; also what `remote`
+                raises. A full queue is waited for while inputs of this call are in it.
+
+        What is left when it ends early is cancelled, unless the function has `detach=True`. When somebody cancels the
+        call, it ends with `RemoteError`, also with `return_exceptions`.
+        """
+        return self._outputs("map", input_iterators, kwargs, order_outputs, return_exceptions, wrap_returned_exceptions)
+
+    @both_generators
+    def starmap(
+        self,
+        /,
+        input_iterator: Iterable[Iterable[Any]] | AsyncIterable[Iterable[Any]],
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        order_outputs: bool = True,
+        return_exceptions: bool = False,
+        wrap_returned_exceptions: bool | None = None,
+    ) -> AsyncGenerator[list[R], None]:
+        """`map`, where each item holds all positional arguments: `f.starmap([(1, 2), (3, 4)])`."""
+        return self._outputs(
+            "starmap", (input_iterator,), kwargs, order_outputs, return_exceptions, wrap_returned_exceptions
+        )
+
+    @both
+    async def for_each(
+        self,
+        /,
+        *input_iterators: Iterable[Any] | AsyncIterable[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        ignore_exceptions: bool = False,
+    ) -> None:
+        """`map` for its effects: returns when all inputs have ended, without their values.
+
+        Args:
+            ignore_exceptions: go on where an input fails, instead of raising what it raised.
+        """
+        async with contextlib.aclosing(
+            self._outputs("for_each", input_iterators, kwargs, False, ignore_exceptions, None)
+        ) as batches:
+            async for _ in batches:
+                pass
+
+    def _outputs(
+        self,
+        kind: str,
+        iterables: tuple[Iterable[Any] | AsyncIterable[Any], ...],
+        kwargs: Mapping[str, Any] | None,
+        ordered: bool,
+        return_exceptions: bool,
+        wrap: bool | None,
+    ) -> AsyncGenerator[list[R], None]:
+        from mesh.map import Wanted, outputs
+
+        if wrap is not None:
+            warnings.warn(
+                "wrap_returned_exceptions has no effect: they are never wrapped", DeprecationError, stacklevel=4
+            )
+        if self._spec is not None and self._spec.is_generator:
+            raise self._generates(kind)
+        wanted = Wanted(
+            method=kind,
+            iterables=iterables,
+            kwargs=kwargs or {},
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+        )
+        return outputs(self, wanted)
 
     # --- what a handle says of itself --------------------------------------------------------------------------------
 
@@ -300,18 +413,6 @@ class Function(Generic[P, R]):
 
     def _not_built(self, what: str) -> UnimplementedError:
         return UnimplementedError(f"Function.{what} is not built yet")
-
-    def map(self, *args: Any, **kwargs: Any) -> Any:
-        """Not built yet."""
-        raise self._not_built("map")
-
-    def starmap(self, *args: Any, **kwargs: Any) -> Any:
-        """Not built yet."""
-        raise self._not_built("starmap")
-
-    def for_each(self, *args: Any, **kwargs: Any) -> Any:
-        """Not built yet."""
-        raise self._not_built("for_each")
 
     def spawn_map(self, *args: Any, **kwargs: Any) -> Any:
         """Not built yet."""
@@ -566,8 +667,23 @@ class FunctionCall(Generic[R]):
 
     @both
     async def num_inputs(self, /) -> int:
-        """How many inputs the call has: 1 for `spawn` and `remote`."""
-        return 1
+        """How many inputs the call has: 1 for `spawn` and `remote`, of `map` as many as were submitted so far.
+
+        Raises:
+            NotFoundError, OutputExpiredError: as `get`.
+        """
+        from mesh.broker import translated
+        from mesh.status import count_inputs
+
+        if self._address is not None:
+            return 1
+        broker = await self._broker()
+        self._key(0)
+        async with translated(f"looking for {self._id}"):
+            _, inputs = await count_inputs(broker, self._id)
+        if not inputs:
+            raise await self._gone(broker)
+        return inputs
 
     @both_static
     @staticmethod
@@ -585,6 +701,7 @@ class FunctionCall(Generic[R]):
     @both
     async def cancel(self, /, terminate_containers: bool = False) -> None:
         """End the call, wherever it is: queued, running, or waiting for another try. It is not tried again.
+        Of a call of several inputs, all end.
 
         Returns once nothing of it runs. A call that has ended already stays as it is. `get` raises `RemoteError`
         afterwards. Code that runs gets an `InputCancellation` (async: `CancelledError`) and has time for its `finally`.
@@ -605,9 +722,11 @@ class FunctionCall(Generic[R]):
                 raise await self._gone(broker)
 
     async def _cancel(self, broker: Broker, terminate: bool = False) -> State | None:
-        from mesh.cancel import cancel_input
+        from mesh.cancel import cancel_call, cancel_input
 
         request = CancelRequest(reason=f"by {broker.client}", terminate=terminate)
+        if self._address is None:
+            return await cancel_call(broker, self._id, request=request)
         return await cancel_input(broker, self._id, request=request, at=self._address)
 
     async def _cancel_behind(self, broker: Broker) -> None:

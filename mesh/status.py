@@ -27,6 +27,8 @@ class CallStatus:
         worker: where it runs or ran. last_error: what went wrong most recently, as `Type: text`.
         waiting_for: why a queued call does not start, where that is known.
         preview: its arguments, as far as they are short and JSON, while it has not ended.
+        index: which input this is about: of a call of several, the first that has not ended speaks for all.
+        inputs, ended: how many the call has, and how many of them have ended; known where one call is looked up.
     """
 
     call: str
@@ -41,6 +43,25 @@ class CallStatus:
     last_error: str = ""
     waiting_for: str = ""
     preview: str = ""
+    index: int = 0
+    inputs: int = 1
+    ended: int = 0
+
+
+async def find_call(broker: Broker, call: str) -> CallStatus | None:
+    """The status of a call, whatever number of inputs it has; `None` if the mesh does not know it."""
+    left, inputs = await count_inputs(broker, call)
+    if not inputs:
+        return None
+    status = await find_status(broker, call, left[0] if left else 0)
+    return status and replace(status, inputs=inputs, ended=inputs - len(left))
+
+
+async def count_inputs(broker: Broker, call: str) -> tuple[list[int], int]:
+    """The inputs of a call that have not ended, and how many it has in all, as far as they were submitted."""
+    queued = {address.index for address in await broker.calls.of_call(call)}
+    ended = await broker.results.of_call(call)  # after the queue: then none is missed that ends meanwhile
+    return sorted(queued - ended), max(queued | ended, default=-1) + 1
 
 
 async def find_status(broker: Broker, call: str, index: int = 0, *, at: Address | None = None) -> CallStatus | None:
@@ -58,12 +79,13 @@ async def find_status(broker: Broker, call: str, index: int = 0, *, at: Address 
                 else replace(status, waiting_for=why(workers, f"{status.app}.{status.function}"))
             )
         result = await broker.results.get(key)
-    return None if result is None else _finished(call, result)
+    return None if result is None else _finished(call, index, result)
 
 
-def _finished(call: str, result: Result) -> CallStatus:
+def _finished(call: str, index: int, result: Result) -> CallStatus:
     return CallStatus(
         call=call,
+        index=index,
         state=result.state,
         app=result.app,
         function=result.function,
@@ -85,6 +107,7 @@ def _unfinished(
     worker = next((w.worker for w in workers if key in w.running), "")
     return CallStatus(
         call=call,
+        index=address.index if address else 0,
         state=State.RUNNING if worker else State.RETRYING if tries else State.QUEUED,
         app=address.app if address else "",
         function=address.function if address else "",
@@ -160,8 +183,9 @@ async def recent(broker: Broker, limit: int, wanted: Filter) -> tuple[list[CallS
     workers = await broker.workers.all()
     open_calls, open_cut = await _newest_open(broker, limit, wanted, workers)
     ended, ended_cut = await _newest_ended(broker, limit, wanted)
-    seen = {status.call for status in ended}
-    merged = sorted([*ended, *(s for s in open_calls if s.call not in seen)], key=lambda s: -s.created)
+    seen = {(status.call, status.index) for status in ended}
+    left = {s.call: s for s in open_calls if (s.call, s.index) not in seen}
+    merged = sorted([*left.values(), *(s for s in ended if s.call not in left)], key=lambda s: -s.created)
     return merged[:limit], open_cut or ended_cut or len(merged) > limit
 
 
@@ -169,9 +193,11 @@ async def unfinished(broker: Broker, wanted: Filter) -> AsyncIterator[CallStatus
     """Every call that has not ended and matches, newest first."""
     workers = await broker.workers.all()
     before: int | None = None
+    several: set[str] = set()  # calls of several inputs that were met
     while page := await broker.calls.newest(_PAGE, before):
         before = page[-1].sequence
-        first = [(s, a) for s in page if (a := broker.calls.address(s)) is not None and a.index == 0]
+        first = [(s, a) for s, a in _of_calls(broker, page) if a.call not in several]
+        several |= {address.call for _, address in first if address.index}
         logs = await broker.attempts.get_many([address.key for _, address in first])
         for stored, address in first:
             status = _unfinished(broker, address.call, stored, workers, logs.get(address.key))
@@ -179,16 +205,26 @@ async def unfinished(broker: Broker, wanted: Filter) -> AsyncIterator[CallStatus
                 yield status
 
 
+def _of_calls(broker: Broker, stored: list[Stored]) -> list[tuple[Stored, Address]]:
+    """One input of each call, the first of those that are there."""
+    found: dict[str, tuple[Stored, Address]] = {}
+    for message in stored:
+        address = broker.calls.address(message)
+        if address is not None and (address.call not in found or address.index < found[address.call][1].index):
+            found[address.call] = message, address
+    return list(found.values())
+
+
 async def _newest_open(
     broker: Broker, limit: int, wanted: Filter, workers: list[WorkerRecord]
 ) -> tuple[list[CallStatus], bool]:
     if wanted.state and State(wanted.state).final:
         return [], False
-    stored = [
-        s for s in await broker.calls.newest(limit if wanted == Filter() else _SCANNED) if broker.calls.address(s)
-    ]
-    addresses = [broker.calls.address(s) for s in stored]
-    first = [(s, a) for s, a in zip(stored, addresses, strict=True) if a is not None and a.index == 0]
+    stored = await broker.calls.newest(limit if wanted == Filter() else _SCANNED)
+    first = _of_calls(broker, stored)
+    if len(first) < limit <= len(stored) < _SCANNED:  # calls of several inputs are in front of others
+        stored = await broker.calls.newest(_SCANNED)
+        first = _of_calls(broker, stored)
     logs = await broker.attempts.get_many([a.key for _, a in first[: 2 * limit]])
     statuses = [_unfinished(broker, a.call, s, workers, logs.get(a.key)) for s, a in first]
     matching = [status for status in statuses if wanted.matches_call(status)]
@@ -210,6 +246,6 @@ async def _newest_ended(broker: Broker, limit: int, wanted: Filter) -> tuple[lis
         for key, stored in page:
             call, _, index = key.partition(".")
             if index == "0":
-                status = _finished(call, Result.decode(stored.headers, b""))
+                status = _finished(call, 0, Result.decode(stored.headers, b""))
                 found += [status] if wanted.matches_call(status) else []
     return found[:limit], True

@@ -20,7 +20,7 @@ LEVELS = [
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
-    "sdk functions queue report deploy app executor memory container capacity autoscaler codecache",
+    "map sdk functions queue report deploy app executor memory container capacity autoscaler codecache",
     "examine sweep upkeep watch check pool",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
     "cli __main__",

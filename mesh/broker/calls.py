@@ -95,6 +95,12 @@ class Calls:
         found = await self._connection.get_many(stream, [self._topology.call_filter(call=call, index=str(index))])
         return found[0] if found else None
 
+    async def of_call(self, call: str) -> list[Address]:
+        """The inputs of a call that have not ended, in their order."""
+        subjects = await self._connection.subjects(self._topology.calls, self._topology.call_filter(call=call))
+        addresses = [address for subject in subjects if (address := self._parsed(subject)) is not None]
+        return sorted(addresses, key=lambda address: address.index)
+
     async def of_app(self, app: str, count: int = _LISTED) -> list[Stored]:
         """Up to `count` inputs of an app that have not ended, the oldest first."""
         return await self._connection.get_range(self._topology.calls, 1, count, self._topology.call_filter(app=app))
@@ -139,7 +145,10 @@ class Calls:
 
     def address(self, stored: Stored) -> Address | None:
         """Whose input a message is; `None` if it is nobody's."""
+        return self._parsed(stored.subject)
+
+    def _parsed(self, subject: str) -> Address | None:
         try:
-            return self._topology.parse_call(stored.subject)
+            return self._topology.parse_call(subject)
         except InvalidError:
             return None

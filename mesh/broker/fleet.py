@@ -140,6 +140,10 @@ class Clients:
             with contextlib.suppress(Error):  # then it is found to be old
                 await self._bucket.discard(entry)
 
+    def leave(self) -> None:
+        """Leave the entry as it is: this client goes while calls of its are open, which workers end once it is old."""
+        self._entry = None
+
     async def close(self) -> None:
         """This client waits no more."""
         await self._background.cancel()

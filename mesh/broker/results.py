@@ -103,6 +103,11 @@ class Results:
         found = await self._bucket.get_many(list(keys))
         return {key: Result.decode(stored.headers, stored.body) for key, stored in found.items()}
 
+    async def of_call(self, call: str) -> set[int]:
+        """The inputs of a call that have a result."""
+        indexes = [key.rpartition(".")[2] for key in await self._bucket.keys(f"{call}.*")]
+        return {int(index) for index in indexes if index.isdecimal()}
+
     async def newest(self, count: int, before: int | None = None) -> list[tuple[str, Stored]]:
         """The results stored last, newest first, with their keys; `before` a sequence, to go on from there."""
         found = await self._connection.get_newest(self._bucket.stream, count, before)

@@ -11,7 +11,7 @@ import typer
 
 from mesh import client
 from mesh.broker import Broker, translated
-from mesh.cancel import cancel_input
+from mesh.cancel import cancel_call
 from mesh.cli import dead
 from mesh.cli.options import (
     AppName,
@@ -43,7 +43,7 @@ from mesh.config import Settings
 from mesh.exception import InvalidError, NotFoundError, NotReadyError
 from mesh.protocol import CancelRequest, State, format_time, is_call_id
 from mesh.sdk import FunctionCall
-from mesh.status import CallStatus, Filter, find_status, recent, unfinished
+from mesh.status import CallStatus, Filter, find_call, recent, unfinished
 
 app = typer.Typer(help="See calls and their results, cancel them, make them anew.", no_args_is_help=True)
 
@@ -98,7 +98,7 @@ def show(call: CallId, env: Env = None, url: Url = None, json: Json = False) -> 
 
     async def read(broker: Broker) -> CallStatus | None:
         async with translated(f"looking for {call}"):
-            return await find_status(broker, call)
+            return await find_call(broker, call)
 
     status = with_broker(env, url, read)
     if status is None:
@@ -110,6 +110,7 @@ def show(call: CallId, env: Env = None, url: Url = None, json: Json = False) -> 
         {
             "call": status.call,
             "function": f"{status.app}.{status.function}",
+            "inputs": _inputs(status) if status.inputs > 1 else "",
             "state": status.state.value,
             "tries": str(status.attempts),
             "created": format_time(status.created),
@@ -122,6 +123,10 @@ def show(call: CallId, env: Env = None, url: Url = None, json: Json = False) -> 
             "waiting for": status.waiting_for,
         }
     )
+
+
+def _inputs(status: CallStatus) -> str:
+    return f"{status.inputs:,}, {status.ended:,} of them ended; what follows is of input {status.index}"
 
 
 @app.command()
@@ -187,7 +192,7 @@ async def _cancel_all(broker: Broker, calls: Sequence[str], request: CancelReque
 
     async def one(call: str) -> State | None:
         async with room, translated(f"cancelling {call}"):
-            return await cancel_input(broker, call, request=request)
+            return await cancel_call(broker, call, request=request)
 
     return await asyncio.gather(*map(one, calls))
 

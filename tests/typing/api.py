@@ -38,6 +38,10 @@ def blocking() -> None:
     assert_type(call.num_inputs(), int)
     assert_type(mesh.FunctionCall.gather(call, call), list[Any])
     assert_type(double.hydrate().remote(1), str)
+    assert_type(list(double.map([1, 2], kwargs={"plus": 1}, order_outputs=False)), list[str])
+    for value in later.starmap([(1,)], return_exceptions=True):
+        assert_type(value, list[int])
+    double.for_each(range(3), ignore_exceptions=True)
     assert_type(main("x"), int)
     assert_type(mesh.FunctionCall.from_id("fc-…"), mesh.FunctionCall[Any])
     with app.run() as running:
@@ -52,6 +56,10 @@ async def awaiting() -> None:
     assert_type(await call.get.aio(timeout=0), str)
     assert_type(await later.remote.aio(1), list[int])
     assert_type(await mesh.FunctionCall.gather.aio(call), list[Any])
+    assert_type([x async for x in double.map.aio([1])], list[str])
+    assert_type([x async for x in later.map([1])], list[list[int]])
+    assert_type([x async for x in double.starmap.aio(double.map.aio([1]))], list[str])
+    await double.for_each.aio([1])
     async with app.run() as running:
         assert_type(running, mesh.App)
 
@@ -66,6 +74,8 @@ def refused() -> None:
     double.remote("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     double.remote()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     double.spawn(3, minus=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    double.map([1], unordered=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    double.starmap([1])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
     later.remote("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     double(3)  # type: ignore[operator]  # pyright: ignore[reportCallIssue]
 
