@@ -56,6 +56,7 @@ class Work:
     format: str
     body: bytes
     keep_result: bool
+    method: str  # of a class; empty for a function
 
 
 @dataclass(frozen=True, slots=True)

@@ -326,6 +326,7 @@ class Pool:
             format=input.format,
             body=input.body,
             keep_result=input.keep_result,
+            method=input.address.function.removeprefix(self.key.function).removeprefix("."),
         )
         held.about = self._about()
         report.began(held, self._worker.name, container.name, work.attempt)

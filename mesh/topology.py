@@ -137,6 +137,10 @@ class Topology:
         """Where the server publishes the head of an app once it is stored."""
         return f"{self.root}.deployed.{escape(app)}"
 
+    def pooled_subject(self) -> str:
+        """Where the server publishes whatever is stored about pools."""
+        return f"{self.root}.pooled.>"
+
     def log_subject(self, app: str, function: str, call: str, index: int | str) -> str:
         """Where the output of an input goes; a container's own has `_` for the call, and its name for the index."""
         return f"{self.root}.log.{escape(app)}.{escape(function)}.{call}.{index}"
@@ -214,6 +218,7 @@ class Topology:
         yield self._stream("DEAD", ["dead.>"], limits, limits.dead)
         yield self._stream("LOGS", ["log.*.*.*.*"], limits, limits.logs, max_age=int(3 * 86_400 * _SECOND))
         yield self._bucket("functions", limits, max_msgs_per_subject=20, **self._head_republish())
+        yield self._bucket("pools", limits, **self._pool_republish())
         yield self._bucket("code", limits)
         yield self._objects("code", limits)
         yield self._bucket("attempts", limits, max_age=int(limits.max_age * _SECOND))
@@ -272,6 +277,9 @@ class Topology:
             "allow_atomic": True,
             "republish": {"src": source, "dest": f"{self.root}.deployed.{{{{wildcard(1)}}}}"},
         }
+
+    def _pool_republish(self) -> Config:
+        return {"republish": {"src": self.key_subject("pools", ">"), "dest": f"{self.root}.pooled.>"}}
 
     def _bucket(self, name: str, limits: Limits, **changes: Any) -> Config:
         """A KV bucket without delete markers: with them `create` of an expired key fails. Deletes go by sequence."""

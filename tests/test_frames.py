@@ -34,7 +34,7 @@ from mesh.frames import (
 )
 
 START = Start("shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, "/code/ab", 1 << 20)
-WORK = Work(7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True)
+WORK = Work(7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "")
 
 GOLDEN: list[tuple[Frame, list[Any]]] = [
     (

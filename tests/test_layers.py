@@ -20,7 +20,8 @@ LEVELS = [
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
-    "map sdk functions queue report deploy app executor memory container capacity autoscaler codecache",
+    "map sdk functions queue report deploy app",  # what users hold
+    "wire output usercode executor memory container capacity autoscaler codecache",  # containers, from both sides
     "examine sweep upkeep watch check pool",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
     "cli __main__",
@@ -145,14 +146,14 @@ def test_only_serialization_pickles(package: str) -> None:
 
 def test_only_the_caller_and_the_container_turn_users_bytes_into_objects() -> None:
     readers = users("serialization", {"loads", "decode", "decode_arguments", "unpack_exception"})
-    assert readers == {"sdk", "executor"}, (
+    assert readers == {"sdk", "executor", "usercode"}, (
         "unpickling runs whatever code the bytes ask for: a worker, which holds the credentials, must never do it"
     )
 
 
 def test_whoever_only_passes_users_bytes_on_does_not_know_serialization() -> None:
     knowing = {part(name) for name, path in MODULES.items() if "serialization" in ours(path.read_text())}
-    assert knowing == {"sdk", "executor", "deploy"}, (
+    assert knowing == {"sdk", "executor", "usercode", "deploy"}, (
         "worker, broker and command line see users' data as bytes; so nobody unpickles by accident in a process that "
         "may do anything"
     )
