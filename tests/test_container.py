@@ -116,7 +116,7 @@ async def test_an_input_that_has_run_is_not_given_back() -> None:
             await asyncio.sleep(0.01)
     format, body = serialization.encode_arguments((["one"],), {})
     for seq in (1, 2):
-        work = Work(seq, "fc-1", 0, 1, "", format, body, True)
+        work = Work(seq, "fc-1", 0, 1, "", format, body, True, "")
         container.run(Assignment(work, None, 60.0))
     await asyncio.sleep(0)
     time.sleep(1.0)

@@ -190,7 +190,7 @@ class Ends:
 
     def on_ready(self, container: Container) -> None:
         body = b'{"args": [], "kwargs": {}}'
-        work = Work(1, "fc-" + "0" * 26, 0, 1, "", "json", body, True)
+        work = Work(1, "fc-" + "0" * 26, 0, 1, "", "json", body, True, "")
         container.run(Assignment(work, None, 60))
         self.running.set()
 

@@ -1,0 +1,99 @@
+"""From what a container is told to be to the user's code in it: imported, or unpickled; and why that failed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mesh import serialization
+from mesh.exception import DeserializationError, ExecutionError, NotFoundError
+from mesh.frames import Start
+from mesh.protocol import Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserCode:
+    """What a container runs.
+
+    Attributes:
+        functions: by the name of the method; a plain function's is empty.
+    """
+
+    functions: Mapping[str, Callable[..., Any]]
+
+    def function(self, method: str) -> Callable[..., Any]:
+        """What an input is given to.
+
+        Raises:
+            NotFoundError: there is no such method.
+        """
+        try:
+            return self.functions[method]
+        except KeyError:
+            known = ", ".join(sorted(self.functions))
+            raise NotFoundError(f"there is no method {method!r}; there is {known}") from None
+
+
+def load(start: Start) -> UserCode:
+    """Import what the container is to run. Whatever that raises is the user's."""
+    return UserCode(functions={"": _find_function(start)})
+
+
+def _find_function(start: Start) -> Callable[..., Any]:
+    """The user's function, imported for real. Whatever that raises is the user's."""
+    from mesh import app  # here, because what is imported before the user's code delays every container
+    from mesh.records import Code
+
+    if start.bundle:
+        sys.path.insert(0, start.bundle)
+    code = Code.from_json(start.code)
+    if code.by_value:
+        function = serialization.loads(code.pickled)
+        if not callable(function):
+            raise DeserializationError(
+                f"the code of {start.function!r} is not a function but {type(function).__name__}"
+            )
+        return function  # type: ignore[no-any-return]  # callable was just checked
+    for module in dict.fromkeys((code.module, code.entry)):
+        importlib.import_module(module)
+        found = app.find_definition(code.name, code.app)
+        if found is not None:
+            owner, definition = found
+            for running in (owner, *app.including(owner)):
+                running.run_as(start.app)
+            return definition.function.get_raw_f()
+    raise ExecutionError(
+        f"importing {code.entry!r} made no function {code.name!r}: it is defined there only under a condition that "
+        "does not hold in a container"
+    )
+
+
+def start_failure(error: BaseException, bundle: str) -> Failure:
+    """Why the code could not be imported, with what to do about the usual reasons."""
+    packed = serialization.pack_exception(error, is_ours)
+    hint = ""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        hint = (
+            f"{error.name!r} is not installed in this function's environment; if it is your own module, it was not "
+            "shipped because nothing imports it statically"
+        )
+    elif isinstance(error, FileNotFoundError) and bundle and str(error.filename).startswith(bundle):
+        hint = f"{os.path.relpath(str(error.filename), bundle)} was not shipped: only .py files travel with a deploy"
+    text = f"{packed.text} ({hint})" if hint else packed.text
+    return Failure(type=packed.type, text=text, traceback=packed.traceback, bases=packed.bases)
+
+
+def is_ours(filename: str) -> bool:
+    """Whether a frame of a traceback is the machinery's, above the user's own."""
+    return filename in _OUR_FILES or filename.startswith(("<frozen importlib", _MESH))
+
+
+_MESH = f"{Path(__file__).parent}{os.sep}"
+_OUR_FILES = {importlib.__file__, contextlib.__file__, asyncio.runners.__file__}
