@@ -40,7 +40,7 @@ class Capacity:
         idle = [
             container
             for other in self._pools
-            if other is not pool and len(other.serving) > other.record.spec.min_containers
+            if other is not pool and len(other.serving) > other.spec.min_containers
             for container in other.serving
             if container.ready and not container.load
         ]

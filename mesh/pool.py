@@ -15,17 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mesh import report
+from mesh import execution, report
 from mesh.autoscaler import Load, containers_wanted
-from mesh.broker import Lease
 from mesh.container import Assignment, Container, Exit
-from mesh.examine import Finding
-from mesh.exception import Error, NotFoundError
+from mesh.exception import Error
 from mesh.frames import Outcome, Start, Work
+from mesh.intake import Intake
 from mesh.judge import About, Execution, Kind, cancelled
-from mesh.protocol import CancelRequest, Failure, Format, State, failure
+from mesh.protocol import CancelRequest, Failure, failure
 from mesh.records import FunctionRecord
 from mesh.settle import Held
+from mesh.spec import FunctionSpec
 from mesh.topology import SHARED_POOL
 
 if TYPE_CHECKING:
@@ -64,18 +64,21 @@ class Pool:
         self.consumer = worker.broker.topology.consumer(key.app, key.function, key.pool)
         self.closed = False
         self._worker = worker
-        self._held: deque[Held] = deque()
-        self._of_removed: list[Held] = []
+        self.intake = Intake(worker, self)
         self._versions: dict[Container, str] = {}
-        self._pending = 0
         self._durations: deque[float] = deque(maxlen=_RECENT)
         self._median: float | None = None
         self._backoff = 0.0
         self._retry_at = 0.0
-        self._start_error = ""
+        self.start_error = ""
         self._feeding = False
 
     # --- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> FunctionSpec:
+        """The options in force."""
+        return self.record.spec
 
     @property
     def serving(self) -> list[Container]:
@@ -94,20 +97,20 @@ class Pool:
     @property
     def starving_since(self) -> float | None:
         """Since when inputs wait here while no container takes any; `None` if that is not so."""
-        if not self._held or self._taking or self._stuck() or self.record.removed:
+        if not self.intake.waiting or self._taking or self.is_stuck() or self.record.removed:
             return None
-        return self._held[0].since
+        return self.intake.waiting[0].since
 
     @property
     def trouble(self) -> str:
         """Why inputs of this function are not run here; empty where they are."""
-        return self.unfit or (f"its code does not start: {self._start_error}" if self._stuck() else "")
+        return self.unfit or (f"its code does not start: {self.start_error}" if self.is_stuck() else "")
 
     def _resting(self) -> bool:
         """Whether it is too early to start another container, after one that did not start."""
         return time.monotonic() < self._retry_at
 
-    def _stuck(self) -> bool:
+    def is_stuck(self) -> bool:
         """Whether no input can be run until then."""
         return self._resting() and not any(c.ready for c in self.serving)
 
@@ -117,7 +120,7 @@ class Pool:
             function=self.key.function,
             code=self.record.version[:12],
             worker=self._worker.name,
-            spec=self.record.spec,
+            spec=self.spec,
             crash_budget=self._worker.settings.crash_budget,
         )
 
@@ -140,8 +143,8 @@ class Pool:
         """The app of a single run has ended: nothing of it runs on."""
         self.closed = True
         self._worker.puller.forget(self.consumer)
-        while self._held:
-            self._settle(self._held.popleft(), cancelled(reason))
+        while self.intake.waiting:
+            self.settle(self.intake.waiting.popleft(), cancelled(reason))
         for container in self.containers:
             for assignment in container.assignments:
                 assignment.stopped = reason
@@ -149,8 +152,8 @@ class Pool:
 
     def hand_back(self, reason: str) -> None:
         """Give up the inputs that no container has: the worker is stopping, or somebody else has room."""
-        while self._held:
-            self._settle(self._held.popleft(), Execution(kind=Kind.RETURNED, text=reason))
+        while self.intake.waiting:
+            self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.RETURNED, text=reason))
 
     def abandon(self, reason: str) -> None:
         """Kill what runs; its inputs go back, and it does not count as a try."""
@@ -160,15 +163,15 @@ class Pool:
     @staticmethod
     def _abandon(container: Container, reason: str) -> None:
         for assignment in container.assignments:
-            assignment.stopped = assignment.stopped or _ABANDONED
+            assignment.stopped = assignment.stopped or execution.ABANDONED
         container.kill(reason)
 
     def cancel(self, held: Held, request: CancelRequest) -> None:
         """End one input wherever it is: while it waits here, in a container, or on its way between these."""
         held.cancelled = held.cancelled or request.reason
-        if held in self._held:
-            self._held.remove(held)
-            self._settle(held, cancelled(held.cancelled))
+        if held in self.intake.waiting:
+            self.intake.waiting.remove(held)
+            self.settle(held, cancelled(held.cancelled))
             return
         for container in self.containers:
             for assignment in container.assignments:
@@ -176,84 +179,6 @@ class Pool:
                     container.cancel(assignment, held.cancelled)
                     if request.terminate:
                         self._abandon(container, f"{held.key} was cancelled, its container with it")
-
-    # --- inputs in ---------------------------------------------------------------------------------------------------
-
-    def on_lease(self, lease: Lease) -> None:
-        """An input was delivered."""
-        self._pending = lease.pending
-        held = self._worker.known(lease)
-        if held is not None:
-            self._worker.background.spawn(self._worker.settler.adopt(held, lease, self._worker.name))
-            return
-        held = Held(lease)
-        self._worker.hold(held)
-        if lease.address is None:
-            self._worker.background.spawn(self._quarantine(held))
-        elif lease.refusal is not None:
-            self._settle(held, Execution(kind=Kind.REFUSED, failure=failure(type(lease.refusal), str(lease.refusal))))
-        elif self._worker.examiner.needed(lease):
-            self._worker.examiner.examine(held, self._on_examined)
-        else:
-            held.marked = True
-            self._accept(held)
-
-    async def _quarantine(self, held: Held) -> None:
-        """A message that is no input of anybody."""
-        logger.warning("put aside %s: %s", held.lease.subject, held.lease.refusal)
-        try:
-            await self._worker.settler.quarantine(held.lease)
-        finally:
-            self._worker.release(held)
-            self.feed()
-
-    def _on_examined(self, held: Held, finding: Finding) -> None:
-        if finding is Finding.ENDED:
-            self._worker.release(held)
-            self.feed()
-        elif finding is Finding.ELSEWHERE:
-            later = Execution(kind=Kind.RETURNED, text="another worker holds it", delay=self._worker.ack_wait)
-            self._settle(held, later)
-        elif len(held.log.crashes(held.number)) >= self._worker.settings.crash_budget:
-            self._settle(held, Execution(kind=Kind.CRASHED))
-        else:
-            self._accept(held)
-
-    def _accept(self, held: Held) -> None:
-        assert held.lease.input is not None
-        deadline = held.lease.input.deadline
-        if held.cancelled:
-            self._settle(held, cancelled(held.cancelled))
-        elif deadline is not None and time.time() > deadline:
-            self._settle(held, Execution(kind=Kind.EXPIRED, text="expired: its deadline passed before it was started"))
-        elif self.record.removed is not None:
-            self._of_removed.append(held)
-            if len(self._of_removed) == 1:
-                self._worker.background.spawn(self._fail_removed())
-        elif self.closed:
-            self._settle(held, cancelled("its app has ended"))
-        elif self._worker.draining:
-            self._settle(held, Execution(kind=Kind.RETURNED, text="the worker is stopping"))
-        elif self._stuck():
-            self._settle(held, Execution(kind=Kind.NOT_STARTED, text=self._start_error))
-        else:
-            self._held.append(held)
-        self.feed()
-
-    async def _fail_removed(self) -> None:
-        """Inputs of a removed function fail, unless it was deployed again since: ask, before saying so."""
-        record = await self._worker.settler.insist(
-            lambda: self._worker.broker.registry.function(self.key.app, self.key.function)
-        )
-        waiting, self._of_removed = self._of_removed, []
-        if record is not None and record.removed is None:
-            self.update(record, self.unfit)
-        for held in waiting:
-            if self.record.removed is None:
-                self._accept(held)
-            else:
-                gone = failure(NotFoundError, self.record.removed.reason)
-                self._settle(held, Execution(kind=Kind.REFUSED, failure=gone))
 
     # --- the heart ---------------------------------------------------------------------------------------------------
 
@@ -276,20 +201,15 @@ class Pool:
         self._ask(serving)
 
     def _assign(self) -> None:
-        while self._held:
+        while self.intake.waiting:
             container = self._seat()
             if container is None:
                 return
-            held = self._held.popleft()
+            held = self.intake.waiting.popleft()
             if held.marked:
                 self._give(container, held)
             else:
-                self._worker.background.spawn(self._mark(held))
-
-    async def _mark(self, held: Held) -> None:
-        await self._worker.settler.mark_begun(held, self._worker.name)
-        held.marked = True
-        self._accept(held)
+                self._worker.background.spawn(self.intake.mark(held))
 
     def _seat(self) -> Container | None:
         """A container that can take an input: an idle one, else one whose runs are short."""
@@ -305,7 +225,7 @@ class Pool:
         """Inputs a container can take now."""
         if not container.ready or container.stopping or self._versions[container] != self.record.version:
             return 0
-        if self.record.spec.single_use_containers:
+        if self.spec.single_use_containers:
             return 0 if container.load or container.served else 1
         ahead = _READ_AHEAD if self._short and container.running_for < _HOSTAGE else 0
         return max(0, 1 + ahead - container.load)
@@ -330,8 +250,8 @@ class Pool:
         )
         held.about = self._about()
         report.began(held, self._worker.name, container.name, work.attempt)
-        container.run(Assignment(work, held, self.record.spec.timeout))
-        if self.record.spec.single_use_containers:
+        container.run(Assignment(work, held, self.spec.timeout))
+        if self.spec.single_use_containers:
             container.stop()
 
     def _grow(self, serving: Sequence[Container]) -> None:
@@ -339,9 +259,9 @@ class Pool:
         if self.unfit or self._resting() or self.record.removed is not None:
             return
         behind = sum(max(0, c.load - 1) for c in serving)
-        waiting = len(self._held) + behind + (0 if self._asked() else self._pending)
+        waiting = len(self.intake.waiting) + behind + (0 if self._asked() else self.intake.pending)
         load = Load(waiting=waiting, running=sum(c.load > 0 for c in serving), duration=self._median)
-        missing = containers_wanted(load, self.record.spec) - len(serving)
+        missing = containers_wanted(load, self.spec) - len(serving)
         while missing > 0 and self._worker.capacity.make_room(self):
             self._start_container()
             missing -= 1
@@ -351,17 +271,17 @@ class Pool:
 
     def _ask(self, serving: Sequence[Container]) -> None:
         """Pull what can be run now; one input more where another container could be started for it."""
-        if self.unfit or self._stuck():
+        if self.unfit or self.is_stuck():
             return
         if self.record.removed is not None:
             wanted = _REMOVED_BATCH
         else:
             wanted = sum(self._room(c) if c.ready else 1 for c in serving)
-            limit = self.record.spec.max_containers
+            limit = self.spec.max_containers
             below = (limit is None or len(serving) < limit) and not self._resting()
             if below and (not self._taking or self._worker.capacity.has_room()):
                 wanted += 1
-        missing = wanted - self._asked() - len(self._held)
+        missing = wanted - self._asked() - len(self.intake.waiting)
         if missing > 0 and (missing * 2 >= wanted or not self._asked()):
             self._worker.ask(self.consumer, missing)
 
@@ -410,27 +330,27 @@ class Pool:
 
         Its inputs wait in the queue meanwhile, where other workers, or this one with newer code, find them at once.
         """
-        self._start_error = failed.summary
+        self.start_error = failed.summary
         if self.key.app.startswith("ap-"):
             # The client of a single run waits, and nobody will deploy something better: its inputs fail.
-            while self._held:
-                self._settle(self._held.popleft(), Execution(kind=Kind.REFUSED, failure=failed))
+            while self.intake.waiting:
+                self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.REFUSED, failure=failed))
             return
         if not self._resting():  # containers that were started together fail together, and count once
             self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
             self._retry_at = time.monotonic() + self._backoff
             logger.warning("%s does not start, trying again in %g s: %s", self.key.path, self._backoff, failed.summary)
             self._worker.wake_at(self._retry_at, self)
-        while self._held and self._stuck():
-            self._settle(self._held.popleft(), Execution(kind=Kind.NOT_STARTED, text=failed.summary))
+        while self.intake.waiting and self.is_stuck():
+            self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.NOT_STARTED, text=failed.summary))
 
     def retire_idle(self) -> None:
         """Stop containers that have had nothing to do for `scaledown_window` seconds."""
-        spare = len(self.serving) - self.record.spec.min_containers
+        spare = len(self.serving) - self.spec.min_containers
         now = time.monotonic()
         for container in sorted(self.serving, key=lambda c: c.idle_since):
             idle = container.ready and not container.load and now - container.idle_since
-            if spare > 0 and idle and idle > self.record.spec.scaledown_window:
+            if spare > 0 and idle and idle > self.spec.scaledown_window:
                 container.stop()
                 spare -= 1
 
@@ -446,7 +366,7 @@ class Pool:
     def on_ready(self, container: Container) -> None:
         if self._versions[container] == self.record.version:
             self._backoff = self._retry_at = 0.0
-            self._start_error = ""
+            self.start_error = ""
         self.feed()
 
     def on_start_failed(self, container: Container, failure: Failure) -> None:
@@ -458,24 +378,17 @@ class Pool:
         self._durations.append(duration)
         if len(self._durations) < _RECENT or self._median is None or container.served % _RECENT == 0:
             self._median = statistics.median(self._durations)
-        self._settle(assignment.owner, _execution(assignment, outcome))
+        self.settle(assignment.owner, execution.of_outcome(assignment, outcome))
         if not container.load:
             self._worker.capacity.on_idle(container)
         self.feed()
 
     def on_timeout(self, container: Container, assignment: Assignment) -> None:
-        container.cancel(assignment, _TIMEOUT)
+        container.cancel(assignment, execution.TIMEOUT)
 
     def on_dropped(self, container: Container, assignment: Assignment) -> None:
-        self._put_back(assignment.owner)
+        self.intake.put_back(assignment.owner)
         self.feed()
-
-    def _put_back(self, held: Held) -> None:
-        """An input that has not begun waits again, as the first; if it was not cancelled meanwhile."""
-        if held.cancelled:
-            self._settle(held, cancelled(held.cancelled))
-        else:
-            self._held.appendleft(held)
 
     def on_output(self, container: Container, assignment: Assignment | None, stream: int, text: str) -> None:
         self._worker.on_output(self.key, container, assignment.owner if assignment else None, stream, text)
@@ -488,9 +401,9 @@ class Pool:
         report.container_ended(self._worker.name, container.name, app, function, len(lost), exit.text, ill=ill)
         for assignment in reversed(lost):
             if assignment.began:
-                self._settle(assignment.owner, _lost(assignment, exit))
+                self.settle(assignment.owner, execution.of_loss(assignment, exit))
             else:
-                self._put_back(assignment.owner)
+                self.intake.put_back(assignment.owner)
         self._drop(container)
         self.feed()
         if self._worker.draining:
@@ -498,7 +411,7 @@ class Pool:
 
     # --- inputs out --------------------------------------------------------------------------------------------------
 
-    def _settle(self, held: Held, execution: Execution) -> None:
+    def settle(self, held: Held, execution: Execution) -> None:
         self._worker.background.spawn(self._settled(held, execution))
 
     async def _settled(self, held: Held, execution: Execution) -> None:
@@ -507,35 +420,3 @@ class Pool:
         finally:
             self._worker.release(held)
         report.ended(held, verdict)
-
-
-_TIMEOUT = "its timeout"
-_ABANDONED = "abandoned"  # the worker stops: the input goes back
-
-
-def _execution(assignment: Assignment, outcome: Outcome) -> Execution:
-    """What an outcome says, seen together with why the input was cancelled, if it was."""
-    started = time.time() - (time.monotonic() - assignment.began)
-    if outcome.state == State.SUCCEEDED:
-        kind, format = Kind.SUCCEEDED, Format(outcome.format)
-        return Execution(kind=kind, format=format, body=outcome.body, started=started)
-    if outcome.state == State.CANCELLED:
-        return _stopped(assignment, started)
-    return Execution(kind=Kind.FAILED, failure=Failure.decode(outcome.body), started=started)
-
-
-def _stopped(assignment: Assignment, started: float) -> Execution:
-    if assignment.stopped == _TIMEOUT:
-        return Execution(kind=Kind.TIMED_OUT, started=started)
-    if assignment.stopped == _ABANDONED:
-        return Execution(kind=Kind.RETURNED, text="the worker is stopping")
-    return cancelled(assignment.stopped, started)
-
-
-def _lost(assignment: Assignment, exit: Exit) -> Execution:
-    """The container ended while the input ran."""
-    started = time.time() - (time.monotonic() - assignment.began)
-    if assignment.stopped:
-        return _stopped(assignment, started)
-    kind = Kind.OUT_OF_MEMORY if exit.out_of_memory else Kind.CRASHED
-    return Execution(kind=kind, text=f"container {exit.text}", started=started)

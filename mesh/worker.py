@@ -361,7 +361,7 @@ class Worker:
     def _on_lease(self, lease: Lease) -> None:
         pool = self._by_consumer.get(lease.consumer)
         if pool is not None:
-            pool.on_lease(lease)
+            pool.intake.on_lease(lease)
 
     def _on_void(self, consumer: str, why: str) -> None:
         pool = self._by_consumer.get(consumer)

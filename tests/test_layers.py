@@ -21,8 +21,9 @@ LEVELS = [
     "_sync context client status",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
     "map sdk functions queue report deploy app",  # what users hold
-    "wire output usercode executor memory container capacity autoscaler codecache",  # containers, from both sides
-    "examine sweep upkeep watch check pool",  # what a worker does, and `mesh check`
+    "wire output usercode executor",  # containers, from inside
+    "memory container execution capacity autoscaler codecache",  # and from outside
+    "examine sweep upkeep watch check intake pool",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
     "cli __main__",
 ]

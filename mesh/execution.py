@@ -1,0 +1,41 @@
+"""What came of an input in a container, told as an execution: from an outcome, or from the end of the container."""
+
+from __future__ import annotations
+
+import time
+
+from mesh.container import Assignment, Exit
+from mesh.frames import Outcome
+from mesh.judge import Execution, Kind, cancelled
+from mesh.protocol import Failure, Format, State
+
+TIMEOUT = "its timeout"
+ABANDONED = "abandoned"  # the worker stops: the input goes back
+
+
+def of_outcome(assignment: Assignment, outcome: Outcome) -> Execution:
+    """What an outcome says, seen together with why the input was cancelled, if it was."""
+    started = time.time() - (time.monotonic() - assignment.began)
+    if outcome.state == State.SUCCEEDED:
+        kind, format = Kind.SUCCEEDED, Format(outcome.format)
+        return Execution(kind=kind, format=format, body=outcome.body, started=started)
+    if outcome.state == State.CANCELLED:
+        return _stopped(assignment, started)
+    return Execution(kind=Kind.FAILED, failure=Failure.decode(outcome.body), started=started)
+
+
+def _stopped(assignment: Assignment, started: float) -> Execution:
+    if assignment.stopped == TIMEOUT:
+        return Execution(kind=Kind.TIMED_OUT, started=started)
+    if assignment.stopped == ABANDONED:
+        return Execution(kind=Kind.RETURNED, text="the worker is stopping")
+    return cancelled(assignment.stopped, started)
+
+
+def of_loss(assignment: Assignment, exit: Exit) -> Execution:
+    """The container ended while the input ran."""
+    started = time.time() - (time.monotonic() - assignment.began)
+    if assignment.stopped:
+        return _stopped(assignment, started)
+    kind = Kind.OUT_OF_MEMORY if exit.out_of_memory else Kind.CRASHED
+    return Execution(kind=kind, text=f"container {exit.text}", started=started)

@@ -1,0 +1,131 @@
+"""From a delivered lease to an input that may run: the way in of a pool.
+
+What is no input is put aside, what was delivered before is examined, what cannot be run any more ends here; the rest
+waits for a container.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from mesh.broker import Lease
+from mesh.examine import Finding
+from mesh.exception import NotFoundError
+from mesh.judge import Execution, Kind, cancelled
+from mesh.protocol import failure
+from mesh.settle import Held
+
+if TYPE_CHECKING:
+    from mesh.pool import Pool
+    from mesh.worker import Worker
+
+logger = logging.getLogger("mesh.worker")
+
+
+class Intake:
+    """Takes the deliveries of one pool.
+
+    Attributes:
+        waiting: inputs that no container has, the one to run next first.
+        pending: inputs left in the queue when the last one was delivered.
+    """
+
+    def __init__(self, worker: Worker, pool: Pool) -> None:
+        self.waiting: deque[Held] = deque()
+        self.pending = 0
+        self._worker = worker
+        self._pool = pool
+        self._of_removed: list[Held] = []
+
+    def on_lease(self, lease: Lease) -> None:
+        """An input was delivered."""
+        self.pending = lease.pending
+        held = self._worker.known(lease)
+        if held is not None:
+            self._worker.background.spawn(self._worker.settler.adopt(held, lease, self._worker.name))
+            return
+        held = Held(lease)
+        self._worker.hold(held)
+        if lease.address is None:
+            self._worker.background.spawn(self._quarantine(held))
+        elif lease.refusal is not None:
+            refused = failure(type(lease.refusal), str(lease.refusal))
+            self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=refused))
+        elif self._worker.examiner.needed(lease):
+            self._worker.examiner.examine(held, self._on_examined)
+        else:
+            held.marked = True
+            self._accept(held)
+
+    async def _quarantine(self, held: Held) -> None:
+        """A message that is no input of anybody."""
+        logger.warning("put aside %s: %s", held.lease.subject, held.lease.refusal)
+        try:
+            await self._worker.settler.quarantine(held.lease)
+        finally:
+            self._worker.release(held)
+            self._pool.feed()
+
+    def _on_examined(self, held: Held, finding: Finding) -> None:
+        if finding is Finding.ENDED:
+            self._worker.release(held)
+            self._pool.feed()
+        elif finding is Finding.ELSEWHERE:
+            later = Execution(kind=Kind.RETURNED, text="another worker holds it", delay=self._worker.ack_wait)
+            self._pool.settle(held, later)
+        elif len(held.log.crashes(held.number)) >= self._worker.settings.crash_budget:
+            self._pool.settle(held, Execution(kind=Kind.CRASHED))
+        else:
+            self._accept(held)
+
+    def _accept(self, held: Held) -> None:
+        assert held.lease.input is not None
+        deadline = held.lease.input.deadline
+        if held.cancelled:
+            self._pool.settle(held, cancelled(held.cancelled))
+        elif deadline is not None and time.time() > deadline:
+            expired = Execution(kind=Kind.EXPIRED, text="expired: its deadline passed before it was started")
+            self._pool.settle(held, expired)
+        elif self._pool.record.removed is not None:
+            self._of_removed.append(held)
+            if len(self._of_removed) == 1:
+                self._worker.background.spawn(self._fail_removed())
+        elif self._pool.closed:
+            self._pool.settle(held, cancelled("its app has ended"))
+        elif self._worker.draining:
+            self._pool.settle(held, Execution(kind=Kind.RETURNED, text="the worker is stopping"))
+        elif self._pool.is_stuck():
+            self._pool.settle(held, Execution(kind=Kind.NOT_STARTED, text=self._pool.start_error))
+        else:
+            self.waiting.append(held)
+        self._pool.feed()
+
+    async def _fail_removed(self) -> None:
+        """Inputs of a removed function fail, unless it was deployed again since: ask, before saying so."""
+        key = self._pool.key
+        record = await self._worker.settler.insist(lambda: self._worker.broker.registry.function(key.app, key.function))
+        removed, self._of_removed = self._of_removed, []
+        if record is not None and record.removed is None:
+            self._pool.update(record, self._pool.unfit)
+        for held in removed:
+            if self._pool.record.removed is None:
+                self._accept(held)
+            else:
+                gone = failure(NotFoundError, self._pool.record.removed.reason)
+                self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=gone))
+
+    async def mark(self, held: Held) -> None:
+        """Write down that an input begins, which was delivered before; then it may."""
+        await self._worker.settler.mark_begun(held, self._worker.name)
+        held.marked = True
+        self._accept(held)
+
+    def put_back(self, held: Held) -> None:
+        """An input that has not begun waits again, as the first; if it was not cancelled meanwhile."""
+        if held.cancelled:
+            self._pool.settle(held, cancelled(held.cancelled))
+        else:
+            self.waiting.appendleft(held)
