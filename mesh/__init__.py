@@ -15,6 +15,7 @@ from mesh.context import (
     is_local,
     last_error,
 )
+from mesh.decorators import batched, concurrent
 from mesh.exception import Error
 from mesh.sdk import Function, FunctionCall
 from mesh.spec import Cron, Period, Retries
@@ -34,9 +35,7 @@ from mesh.unbuilt import (
     Volume,
     Workspace,
     asgi_app,
-    batched,
     billing,
-    concurrent,
     enter,
     exit,
     fastapi_endpoint,

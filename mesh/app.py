@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, Self, TypeV
 
 from mesh import context
 from mesh._sync import both, both_static, bridge
+from mesh.decorators import function_options
 from mesh.exception import DeprecationError, InvalidError, NotFoundError, UnimplementedError
 from mesh.sdk import Function
 from mesh.spec import Cron, FunctionSpec, Period, Retries, check_app_name, parse_retries
@@ -297,7 +298,8 @@ class App:
             if schedule is not None and _needs_arguments(raw):
                 raise InvalidError(f"schedule: {own_name!r} has parameters without default, and a schedule passes none")
             generator = _yields(raw) if is_generator is None else is_generator
-            spec = FunctionSpec(name=own_name, is_generator=generator, **given_options)  # type: ignore[arg-type]
+            all_options = {**given_options, **function_options(raw)}
+            spec = FunctionSpec(name=own_name, is_generator=generator, **all_options)
             if unbuilt:
                 self._unbuilt[own_name] = unbuilt
             return self._register(Function(own_name, self, raw=raw, spec=spec), frame.f_globals["__name__"], serialized)

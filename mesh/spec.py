@@ -67,6 +67,19 @@ def check_whole(option: str, value: object, low: int, high: float) -> int:
     return int(check_number(option, value, low, high, whole=True))
 
 
+def check_concurrency(max_inputs: object, target_inputs: object) -> None:
+    """Refuse what cannot be the number of inputs that a container runs at once, or is to run."""
+    limit = check_whole("max_inputs", max_inputs, 1, math.inf)
+    if target_inputs is not None and check_whole("target_inputs", target_inputs, 1, math.inf) > limit:
+        raise InvalidError(f"target_inputs ({target_inputs}) must not be above max_inputs ({max_inputs})")
+
+
+def check_batching(max_batch_size: object, wait_ms: object) -> None:
+    """Refuse what cannot be the size of a batch, or the milliseconds it waits to be full."""
+    check_whole("max_batch_size", max_batch_size, 1, 1000)
+    check_whole("wait_ms", wait_ms, 0, 600_000)
+
+
 class Retries:
     """How often, and after what delay, a failed input is tried again.
 
@@ -272,6 +285,10 @@ class FunctionSpec:
         min_containers, max_containers, buffer_containers: bounds of the pool; `max_containers=None` means no bound.
         scaledown_window: seconds an idle container is kept.
         single_use_containers: a container runs one input, then ends.
+        max_inputs: inputs a container runs at once. target_inputs: inputs it is to run at once, which decides how many
+            containers are wanted; `None` means `max_inputs`.
+        max_batch_size: inputs that one run takes together; `None` means that there are no batches.
+        wait_ms: milliseconds that the first input of a batch waits for others.
         cpu: cores a container needs; `None` means no claim.
         memory: MiB a container and what it starts may use; it is killed above that. `None` means no limit.
         result_ttl: seconds the result is kept, at most the environment's own; `None` means that.
@@ -289,6 +306,10 @@ class FunctionSpec:
     buffer_containers: int = 0
     scaledown_window: float = 60.0
     single_use_containers: bool = False
+    max_inputs: int = 1
+    target_inputs: int | None = None
+    max_batch_size: int | None = None
+    wait_ms: int = 0
     cpu: float | None = None
     memory: int | None = None
     result_ttl: float | None = None
@@ -305,6 +326,7 @@ class FunctionSpec:
         if self.retries is not None and self.is_generator:
             raise InvalidError(f"retries cannot be used on the generator function {self.name!r}")
         self._check_containers()
+        self._check_inputs()
         self._check_results()
         check_env(self.env)
 
@@ -323,12 +345,34 @@ class FunctionSpec:
         if self.memory is not None:
             check_whole("memory", self.memory, 16, math.inf)
 
+    def _check_inputs(self) -> None:
+        check_concurrency(self.max_inputs, self.target_inputs)
+        if self.single_use_containers and self.max_inputs > 1:
+            raise InvalidError(
+                f"single_use_containers and max_inputs={self.max_inputs} exclude each other: a container that runs one "
+                "input, then ends, never has several"
+            )
+        if self.max_batch_size is not None:
+            check_batching(self.max_batch_size, self.wait_ms)
+            if self.is_generator:
+                raise InvalidError(f"the generator function {self.name!r} cannot be batched")
+
     def _check_results(self) -> None:
         if self.result_ttl is not None:
             check_number("result_ttl", self.result_ttl, 60, MAX_RESULT_AGE)
         for option in ("single_use_containers", "keep_result", "detach", "is_generator"):
             if not isinstance(getattr(self, option), bool):
                 raise InvalidError(f"{option} must be True or False, not {getattr(self, option)!r}")
+
+    @property
+    def batch_size(self) -> int:
+        """Inputs that one run takes at most."""
+        return self.max_batch_size or 1
+
+    @property
+    def inputs_wanted(self) -> int:
+        """Inputs that a container is to have, running: the number of containers is chosen for that."""
+        return (self.target_inputs or self.max_inputs) * self.batch_size
 
     @property
     def start_limit(self) -> float:

@@ -108,16 +108,6 @@ def asgi_app(*args: Any, **options: Any) -> Any:
     _refuse("asgi_app")
 
 
-def batched(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("batched")
-
-
-def concurrent(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("concurrent")
-
-
 def enter(*args: Any, **options: Any) -> Any:
     """Not built yet."""
     _refuse("enter")

@@ -167,7 +167,7 @@ CLASSES = words("""
     Workspace billing
 """)
 FUNCTIONS = words("""
-    asgi_app batched concurrent enter exit fastapi_endpoint forward method parameter web_server wsgi_app
+    asgi_app enter exit fastapi_endpoint forward method parameter web_server wsgi_app
 """)
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top. A module imports what stands below it, or before it on its own level.
 LEVELS = [
-    "exception spec config background scratch unbuilt",  # values, and what needs nothing of ours
+    "exception spec decorators config background scratch unbuilt",  # values, and what needs nothing of ours
     "protocol frames records serialization bundle judge",  # bytes: what crosses the wire, and what is stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
