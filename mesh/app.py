@@ -298,7 +298,7 @@ class App:
             if schedule is not None and _needs_arguments(raw):
                 raise InvalidError(f"schedule: {own_name!r} has parameters without default, and a schedule passes none")
             generator = _yields(raw) if is_generator is None else is_generator
-            all_options = {**given_options, **function_options(raw)}
+            all_options: dict[str, Any] = {**given_options, **function_options(raw)}
             spec = FunctionSpec(name=own_name, is_generator=generator, **all_options)
             if unbuilt:
                 self._unbuilt[own_name] = unbuilt
