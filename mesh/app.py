@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import sys
 import types
 import warnings
@@ -16,8 +17,9 @@ from mesh import context
 from mesh._sync import both, both_static, bridge
 from mesh.decorators import function_options
 from mesh.exception import DeprecationError, InvalidError, NotFoundError, UnimplementedError
+from mesh.labels import parse_gpu
 from mesh.sdk import Function
-from mesh.spec import Cron, FunctionSpec, Period, Retries, check_app_name, parse_retries
+from mesh.spec import Cron, FunctionSpec, Period, Retries, check_app_name, check_whole, parse_retries
 
 if TYPE_CHECKING:
     import asyncio
@@ -235,6 +237,8 @@ class App:
         include_source: bool | None = None,
         experimental_options: Mapping[str, object] | None = None,
         max_inputs: int | None = None,
+        recycle_memory: int | None = None,
+        labels: Mapping[str, str] | None = None,
         result_ttl: float | None = None,
         keep_result: bool = True,
         detach: bool = False,
@@ -245,10 +249,16 @@ class App:
         Args:
             env: variables set in its containers; entries that are `None` are left out.
             serialized: send the function by value: needed where it is not defined at the top level of a module.
-            cpu: cores that a container needs; of a pair, the limit counts.
-            memory: MiB that a container and what it starts may use, at least 16; it is killed above that. Of a pair as
-                in Modal, request and limit, the limit counts; unlike there, a single number is a limit too.
-            min_containers, max_containers, buffer_containers: bounds of its pool.
+            gpu: what its worker must have, by the label `gpu=` of `mesh worker`: `"l4"`, `"l4:2"` for two of them
+                (label `gpu.count`), `"any"`, or a list of which any will do. It places containers, and divides no GPU.
+            labels: other labels its worker must have, such as `{"zone": "a"}`; not in Modal.
+            cpu: cores that a container claims of its worker, and does not start without; of a pair, the limit counts.
+            memory: MiB that a container claims, and that it and what it starts may use, at least 16; it is killed above
+                that. Of a pair as in Modal, request and limit, the limit counts; unlike there, a single number is a
+                limit too.
+            min_containers: containers of its pool that are always there, over all workers together; 0 by default.
+            max_containers: the most its pool may have; no bound by default.
+            buffer_containers: idle ones kept beside those that run while the pool is in use; 0 by default.
             scaledown_window: seconds an idle container is kept; 60 by default.
             retries: tries after the first; a number means one second apart, `mesh.Retries` says more.
             timeout: seconds one try may run, 1 to 86,400; queueing and start-up do not count.
@@ -256,6 +266,10 @@ class App:
             name: its name in the app, if not the Python one.
             is_generator: whether it yields, where that cannot be seen.
             single_use_containers: a container runs one input, then ends.
+            max_inputs: inputs a container runs before another takes its place; 1 is Modal's old word for
+                `single_use_containers`. For several inputs at once use `@mesh.concurrent`.
+            recycle_memory: MiB; a container that holds more after an input takes no other, and ends, without harm to
+                any input: against code that leaks. Not in Modal.
             result_ttl: seconds its results are kept (60 up to what the environment keeps).
             keep_result: `False` stores a success without its value, for an hour.
             detach: its `remote` calls go on when their caller dies.
@@ -269,7 +283,10 @@ class App:
         _refuse_old(old)
         _warn_of_cloud_options({option: given[option] for option in _CLOUD_OPTIONS})
         if max_inputs is not None:
-            single_use_containers = _max_inputs(max_inputs)
+            check_whole("max_inputs", max_inputs, 1, math.inf)
+        if max_inputs == 1:
+            warnings.warn("max_inputs=1 is old; use single_use_containers=True", DeprecationWarning, stacklevel=2)
+            single_use_containers, max_inputs = True, None
         options = {
             "timeout": timeout,
             "startup_timeout": startup_timeout,
@@ -279,6 +296,10 @@ class App:
             "buffer_containers": buffer_containers,
             "scaledown_window": scaledown_window,
             "single_use_containers": single_use_containers,
+            "max_uses": max_inputs,
+            "recycle_memory": recycle_memory,
+            "gpu": parse_gpu(gpu),
+            "labels": labels,
             "cpu": cpu[1] if isinstance(cpu, tuple) else cpu,
             "memory": memory[1] if isinstance(memory, tuple) else memory,
             "result_ttl": result_ttl,
@@ -287,7 +308,7 @@ class App:
             "env": {key: value for key, value in (env or {}).items() if value is not None},
         }
         given_options = {key: value for key, value in options.items() if value is not None or key == "timeout"}
-        unbuilt = self._unbuilt_options(image, schedule, secrets, volumes, gpu)
+        unbuilt = self._unbuilt_options(image, schedule, secrets, volumes)
         frame = sys._getframe(1)
 
         def decorate(raw: Callable[..., Any]) -> Function[Any, Any]:
@@ -306,7 +327,7 @@ class App:
 
         return decorate
 
-    def _unbuilt_options(self, image: object, schedule: object, secrets: object, volumes: object, gpu: object) -> str:
+    def _unbuilt_options(self, image: object, schedule: object, secrets: object, volumes: object) -> str:
         """Options that would change what the function does and are not built: refused when it is deployed."""
         if schedule is not None and not isinstance(schedule, Cron | Period):
             raise InvalidError(f"schedule must be a mesh.Cron or a mesh.Period, not {schedule!r}")
@@ -315,7 +336,6 @@ class App:
             "schedule": schedule,
             "secrets": secrets or self._secrets,
             "volumes": volumes or self._volumes,
-            "gpu": gpu,
         }
         return ", ".join(option for option, value in asked.items() if value)
 
@@ -580,13 +600,6 @@ def _warn_of_cloud_options(given: Mapping[str, object]) -> None:
         if value and option not in _warned:
             _warned.add(option)
             warnings.warn(f"{option}= does nothing here: only Modal's cloud has it", UserWarning, stacklevel=3)
-
-
-def _max_inputs(value: int) -> bool:
-    if value != 1:
-        raise InvalidError(f"max_inputs must be 1, not {value!r}; for several inputs at once use @mesh.concurrent")
-    warnings.warn("max_inputs=1 is old; use single_use_containers=True", DeprecationWarning, stacklevel=3)
-    return True
 
 
 def _check_raw(raw: object) -> None:

@@ -1,12 +1,13 @@
-"""How many containers a worker may run at once, and which functions get them when there are more than fit."""
+"""What a worker can run at once, in containers, cores and memory, and which functions get it when it is too little."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from mesh.container import Container
+from mesh.placement import Size
 
 if TYPE_CHECKING:
     from mesh.pool import Pool
@@ -18,57 +19,103 @@ class Capacity:
     """The room that the pools of one worker share.
 
     Args:
-        limit: containers at once. pools: all of them, as they come and go.
+        total: what there is. pools: all of them, as they come and go.
     """
 
-    def __init__(self, limit: int, pools: Collection[Pool]) -> None:
-        self.limit = limit
+    def __init__(self, total: Size, pools: Collection[Pool]) -> None:
+        self.total = total
         self._pools = pools
 
     @property
-    def used(self) -> int:
-        """Containers that take up room: all but those that only wait for other calls, and those about to end."""
-        return sum(not c.waiting and not (c.stopping and not c.load) for pool in self._pools for c in pool.containers)
+    def used(self) -> Size:
+        """What containers take: all but those that only wait for other calls, and those about to end."""
+        return self._sum(lambda c: not c.waiting and not (c.stopping and not c.load))
 
-    def has_room(self) -> bool:
-        return self.used < self.limit
+    @property
+    def _leaving(self) -> Size:
+        """What of that becomes free once inputs end that run."""
+        return self._sum(lambda c: c.stopping and bool(c.load) and not c.waiting)
+
+    def _sum(self, counts: Callable[[Container], bool]) -> Size:
+        total = Size()
+        for pool in self._pools:
+            if number := sum(map(counts, pool.containers)):
+                size = pool.size
+                total += Size(containers=number, cpus=number * size.cpus, memory=number * size.memory)
+        return total
+
+    @property
+    def free(self) -> Size:
+        return self.total - self.used
+
+    def has_room(self, pool: Pool) -> bool:
+        """Whether another container of a pool fits."""
+        return pool.size.fits(self.free)
 
     def make_room(self, pool: Pool) -> bool:
-        """Whether `pool` may start a container now; an idle one of another pool ends for it."""
-        if self.has_room():
-            return True
-        idle = [
-            container
-            for other in self._pools
-            if other is not pool and len(other.serving) > other.spec.min_containers
-            for container in other.serving
-            if container.ready and not container.load
-        ]
-        if not idle:
+        """Whether `pool` may start a container now; idle ones of other pools end for it."""
+        free = self.free
+        if self._is_owed(pool, free):
             return False
-        min(idle, key=lambda c: c.idle_since).stop()
+        ending: list[Container] = []
+        for container, size in self._spare(pool):
+            if pool.size.fits(free):
+                break
+            if size.eases(pool.size, free):
+                ending.append(container)
+                free += size
+        if not pool.size.fits(free):
+            return False
+        for container in ending:
+            container.stop()
         return True
 
-    def make_way(self) -> None:
-        """Let busy pools give up containers, one for each pool that waits: those with most of them first."""
-        leaving = sum(c.stopping for pool in self._pools for c in pool.containers)
-        now = time.monotonic()
-        for _ in range(len(self.starving()) - leaving):
-            candidates = [
-                (len(pool.serving), now - c.started, c)
-                for pool in self._pools
-                for c in pool.serving
-                if not c.waiting and (len(pool.serving) > 1 or now - c.started > _SLICE)
-            ]
-            if not candidates:
-                return
-            _, _, container = max(candidates, key=lambda candidate: candidate[:2])
-            container.take_back()
-            container.stop()
+    def _spare(self, pool: Pool) -> list[tuple[Container, Size]]:
+        """Containers that pools other than this one can do without, the longest idle first."""
+        spare = [(c, other.size) for other in self._pools if other is not pool for c in other.spare()]
+        return sorted(spare, key=lambda pair: pair[0].idle_since)
 
-    def on_idle(self, container: Container) -> None:
-        """A container has nothing to do: it ends if a function without any waits for room."""
-        if self.starving() and not self.has_room():
+    def _is_owed(self, pool: Pool, free: Size) -> bool:
+        """Whether what `pool` would take is kept for a function that has waited for it, and has no container at all.
+        Without this, a container that claims much would never find room among many that claim little."""
+        return pool.starving_since is None and any(
+            pool.size.eases(other.size, free) for other in self.starving(_SLICE) if other is not pool
+        )
+
+    def make_way(self) -> None:
+        """Let busy pools give up containers for those that wait without any: those with most of them first."""
+        starving = self.starving()
+        free = self.free + self._leaving if starving else Size()
+        for pool in starving:
+            while not pool.size.fits(free):
+                leaving = self._least_needed(pool, free)
+                if leaving is None:
+                    return
+                container, size = leaving
+                free += size
+                container.take_back()
+                container.stop()
+            free -= pool.size
+
+    def _least_needed(self, pool: Pool, free: Size) -> tuple[Container, Size] | None:
+        """A container that makes way for `pool`: the oldest of the pool that has most of them."""
+        now = time.monotonic()
+        candidates = [
+            (len(other.serving), now - c.started, c, other.size)
+            for other in self._pools
+            if other is not pool and other.size.eases(pool.size, free)
+            for c in other.serving
+            if not c.waiting and (len(other.serving) > 1 or now - c.started > _SLICE)
+        ]
+        if not candidates:
+            return None
+        _, _, container, size = max(candidates, key=lambda candidate: candidate[:2])
+        return container, size
+
+    def on_idle(self, pool: Pool, container: Container) -> None:
+        """A container has nothing to do: it ends if that helps a function without any that waits for room."""
+        free = self.free
+        if any(pool.size.eases(other.size, free) for other in self.starving()):
             container.stop()
             self._feed_starving()
 
@@ -86,6 +133,5 @@ class Capacity:
 
     def _feed_starving(self) -> None:
         for pool in self.starving():
-            if not self.make_room(pool):
-                break
-            pool.feed()
+            if self.make_room(pool):
+                pool.feed()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.exception import AuthError, ConnectionError, InvalidError
+from mesh.labels import parse_labels
 from mesh.spec import MAX_RESULT_AGE, check_environment
 
 NO_SERVER = "no server: start one with `mesh up`, or set MESH_NATS_URL"
@@ -89,6 +90,10 @@ def _environment(value: object) -> str:
         raise ValueError(str(error)) from None
 
 
+def _labels(value: object) -> str:
+    return ",".join(f"{name}={own}" for name, own in parse_labels(value).items())
+
+
 def _home(variable: str, fallback: str) -> Path:
     """A directory of the XDG base directory specification."""
     return Path(os.environ.get(variable) or Path.home() / fallback) / "mesh"
@@ -115,6 +120,9 @@ class Settings:
     preview: bool = _setting(True, _flag, "write the start of the arguments (where they are JSON) beside a call")
     unpickle: bool = _setting(True, _flag, "read results that are pickles; pickles can run code")
     containers: int = _setting(0, _count(0), "containers a worker may run; 0 means 8 for each core")
+    cpus: float = _setting(0.0, _number(0, 4096), "cores that containers may claim by `cpu=`; 0: the machine's")
+    memory: int = _setting(0, _count(0), "MiB that containers may claim by `memory=`; 0: the machine's")
+    labels: str = _setting("", _labels, "what functions may ask of a worker, such as gpu=l4,zone=a")
     grace: float = _setting(30.0, _number(0, 86_400), "seconds a stopping worker gives running calls")
     cancel_grace: float = _setting(30.0, _number(0, 3600), "seconds a cancelled or late call has for its `finally`")
     crash_budget: int = _setting(3, _count(1), "containers or workers an input may lose before it fails")

@@ -22,6 +22,7 @@ from mesh.exception import Error
 from mesh.frames import Outcome, Start, Work
 from mesh.intake import Intake
 from mesh.judge import About, Execution, Kind, cancelled
+from mesh.placement import Size
 from mesh.protocol import CancelRequest, Failure, failure
 from mesh.records import FunctionRecord
 from mesh.settle import Held
@@ -81,6 +82,11 @@ class Pool:
         return self.record.spec
 
     @property
+    def size(self) -> Size:
+        """What one of its containers takes of the worker."""
+        return Size.of(self.spec)
+
+    @property
     def serving(self) -> list[Container]:
         """Containers that take inputs, now or once they are ready."""
         return [c for c in self.containers if not c.stopping and self._versions[c] == self.record.version]
@@ -97,7 +103,7 @@ class Pool:
     @property
     def starving_since(self) -> float | None:
         """Since when inputs wait here while no container takes any; `None` if that is not so."""
-        if not self.intake.waiting or self._taking or self.is_stuck() or self.record.removed:
+        if not self.intake.waiting or self._taking or self.trouble or self.record.removed:
             return None
         return self.intake.waiting[0].since
 
@@ -130,6 +136,8 @@ class Pool:
         """Another version, or its removal: what runs finishes on the old code, the rest runs on the new."""
         changed = record.version != self.record.version or record.removed != self.record.removed
         self.record, self.unfit = record, unfit
+        if unfit:
+            self.hand_back(unfit)
         if changed:
             self._retry_at = self._backoff = 0.0
             self._durations.clear()
@@ -279,7 +287,7 @@ class Pool:
             wanted = sum(self._room(c) if c.ready else 1 for c in serving)
             limit = self.spec.max_containers
             below = (limit is None or len(serving) < limit) and not self._resting()
-            if below and (not self._taking or self._worker.capacity.has_room()):
+            if below and (not self._taking or self._worker.capacity.has_room(self)):
                 wanted += 1
         missing = wanted - self._asked() - len(self.intake.waiting)
         if missing > 0 and (missing * 2 >= wanted or not self._asked()):
@@ -344,15 +352,18 @@ class Pool:
         while self.intake.waiting and self.is_stuck():
             self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.NOT_STARTED, text=failed.summary))
 
+    def spare(self) -> list[Container]:
+        """Idle containers that it can do without, the longest idle first."""
+        serving = self.serving
+        idle = sorted((c for c in serving if c.ready and not c.load), key=lambda c: c.idle_since)
+        return idle[: max(0, len(serving) - self.spec.min_containers)]
+
     def retire_idle(self) -> None:
         """Stop containers that have had nothing to do for `scaledown_window` seconds."""
-        spare = len(self.serving) - self.spec.min_containers
         now = time.monotonic()
-        for container in sorted(self.serving, key=lambda c: c.idle_since):
-            idle = container.ready and not container.load and now - container.idle_since
-            if spare > 0 and idle and idle > self.spec.scaledown_window:
+        for container in self.spare():
+            if now - container.idle_since > self.spec.scaledown_window:
                 container.stop()
-                spare -= 1
 
     def free_hostages(self) -> None:
         """Take back inputs that wait behind one that runs long, or while another container idles."""
@@ -380,7 +391,7 @@ class Pool:
             self._median = statistics.median(self._durations)
         self.settle(assignment.owner, execution.of_outcome(assignment, outcome))
         if not container.load:
-            self._worker.capacity.on_idle(container)
+            self._worker.capacity.on_idle(self, container)
         self.feed()
 
     def on_timeout(self, container: Container, assignment: Assignment) -> None:

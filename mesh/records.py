@@ -299,7 +299,9 @@ class WorkerRecord:
     """A worker that is alive: its key lives as long as it is renewed.
 
     Attributes:
-        containers: how many it may run, and `used` how many it does. running: inputs that began a second ago or more.
+        containers: how many it may run, and `used` how many it does; the same for the cores and the MiB of memory that
+            functions claim. labels: what functions may ask of it.
+        running: inputs that began a second ago or more.
         unfit: functions it does not run, each with the reason. trouble: why it begins nothing at all; empty if it does.
     """
 
@@ -316,6 +318,11 @@ class WorkerRecord:
     functions: Mapping[str, int] = field(default_factory=dict[str, int])
     unfit: Mapping[str, str] = field(default_factory=dict[str, str])
     trouble: str = ""
+    cpus: float = 0.0
+    used_cpus: float = 0.0
+    memory: int = 0
+    used_memory: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
     at: float = field(default_factory=time.time)
 
     def encode(self) -> bytes:

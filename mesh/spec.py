@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.exception import InvalidError
+from mesh.labels import check_labels, parse_gpu
 
 DAY = 86_400.0
 MAX_RESULT_AGE = 7 * DAY  # how long Modal keeps the result of a spawn; the default of an environment here
@@ -285,12 +286,15 @@ class FunctionSpec:
         min_containers, max_containers, buffer_containers: bounds of the pool; `max_containers=None` means no bound.
         scaledown_window: seconds an idle container is kept.
         single_use_containers: a container runs one input, then ends.
+        max_uses: inputs a container runs before another takes its place; `None` means any number.
+        recycle_memory: MiB; another takes the place of a container that holds more after an input; `None`: no matter.
         max_inputs: inputs a container runs at once. target_inputs: inputs it is to run at once, which decides how many
             containers are wanted; `None` means `max_inputs`.
         max_batch_size: inputs that one run takes together; `None` means that there are no batches.
         wait_ms: milliseconds that the first input of a batch waits for others.
-        cpu: cores a container needs; `None` means no claim.
-        memory: MiB a container and what it starts may use; it is killed above that. `None` means no limit.
+        cpu: cores a container claims of its worker; `None` means no claim.
+        memory: MiB a container claims, and it and what it starts may use; it is killed above that. `None`: no limit.
+        gpu: GPUs of which its worker must have one, by label: `l4`, or `l4:2,a10g`. labels: others it must have.
         result_ttl: seconds the result is kept, at most the environment's own; `None` means that.
         keep_result: `False` stores a success without its value, for an hour.
         detach: a `remote` goes on when its client dies.
@@ -317,6 +321,10 @@ class FunctionSpec:
     detach: bool = False
     is_generator: bool = False
     env: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    max_uses: int | None = None
+    recycle_memory: int | None = None
+    gpu: str | None = None
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
         check_name("function", self.name)
@@ -329,6 +337,8 @@ class FunctionSpec:
         self._check_inputs()
         self._check_results()
         check_env(self.env)
+        parse_gpu(self.gpu)
+        check_labels("labels", self.labels)
 
     def _check_containers(self) -> None:
         check_whole("min_containers", self.min_containers, 0, math.inf)
@@ -340,6 +350,10 @@ class FunctionSpec:
                 raise InvalidError(
                     f"min_containers ({self.min_containers}) must not be above max_containers ({self.max_containers})"
                 )
+        if self.max_uses is not None:
+            check_whole("max_uses", self.max_uses, 1, math.inf)
+        if self.recycle_memory is not None:
+            check_whole("recycle_memory", self.recycle_memory, 16, math.inf)
         if self.cpu is not None:
             check_number("cpu", self.cpu, 0.01, 1024)
         if self.memory is not None:
@@ -384,7 +398,7 @@ class FunctionSpec:
         values: dict[str, Any] = {"name": self.name}
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
-            default = {} if field.name == "env" else field.default
+            default = {} if field.name in ("env", "labels") else field.default
             if value != default:
                 values[field.name] = value.to_json() if isinstance(value, Retries) else value
         return values

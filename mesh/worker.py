@@ -23,6 +23,7 @@ from enum import IntEnum
 
 import mesh
 from mesh import container as containers
+from mesh import machine, placement
 from mesh.background import Background
 from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered, translated
 from mesh.broker.fleet import RENEW_WORKER
@@ -32,7 +33,9 @@ from mesh.config import Settings
 from mesh.container import Container
 from mesh.examine import Examiner
 from mesh.exception import Error
+from mesh.labels import parse_labels
 from mesh.memory import MemoryWatch
+from mesh.placement import Offer, Size
 from mesh.pool import Pool, PoolKey
 from mesh.protocol import CancelRequest
 from mesh.records import AppHead, AppState, FunctionRecord, WorkerRecord
@@ -65,7 +68,7 @@ class Worker:
     """Runs inputs for one environment.
 
     Args:
-        settings: what is set. capacity: containers it may run at once; 8 for each core by default.
+        settings: what is set.
         on_output: called with each piece of output: `app.function`, the input's id or the container's name, stream
             (1 or 2), text.
     """
@@ -83,7 +86,8 @@ class Worker:
         self.memory = MemoryWatch()
         self.draining = False
         self._pools: dict[PoolKey, Pool] = {}
-        self.capacity = Capacity(settings.containers or 8 * (os.cpu_count() or 1), self._pools.values())
+        self.offer = _offer(self.name, settings)
+        self.capacity = Capacity(self.offer.size, self._pools.values())
         self._by_consumer: dict[str, Pool] = {}
         self._held: dict[str, Held] = {}
         self._heads: dict[str, AppHead] = {}
@@ -163,7 +167,7 @@ class Worker:
         logger.info(
             "worker %s is ready: %d containers, environment %s, %s",
             self.name,
-            self.capacity.limit,
+            self.offer.size.containers,
             self.broker.topology.environment,
             self.settings.safe_url,
         )
@@ -314,7 +318,7 @@ class Worker:
 
     def _set_pool(self, key: PoolKey, record: FunctionRecord) -> None:
         pool = self._pools.get(key)
-        unfit = self._unfit(record)
+        unfit = placement.unfit(record, record.spec, self.offer)
         if pool is None:
             pool = self._pools[key] = Pool(self, key, record, unfit)
             self._by_consumer[pool.consumer] = pool
@@ -323,16 +327,6 @@ class Worker:
         elif pool.record != record:
             pool.update(record, unfit)
             logger.info("%s %s", key.path, "is removed" if record.removed else f"is now version {record.version[:12]}")
-
-    def _unfit(self, record: FunctionRecord) -> str:
-        """Why this worker does not run a function; empty if it does."""
-        own = ".".join(platform.python_version_tuple()[:2])
-        if record.code.by_value and record.code.python != own:
-            return (
-                f"{record.app}.{record.spec.name} was deployed by value from Python {record.code.python}, and can only "
-                f"run there; worker {self.name} has Python {own}"
-            )
-        return ""
 
     def _forget_app(self, app: str, reason: str = "its app is gone") -> None:
         for key in [key for key in self._pools if key.app == app]:
@@ -460,9 +454,8 @@ class Worker:
         for pool in list(self._pools.values()):
             pool.free_hostages()
             pool.retire_idle()
-        if not self.capacity.has_room():
-            self.capacity.make_way()
-            await self._pass_on()
+        self.capacity.make_way()
+        await self._pass_on()
         news = (self._long_running(), self._troubles(), bool(self.settler.trouble))
         if news != self._announcement or time.monotonic() - self._announced > RENEW_WORKER:
             await self._announce()
@@ -475,8 +468,9 @@ class Worker:
         others = [
             w for w in await self.broker.workers.all() if w.worker != self.name and not w.draining and not w.trouble
         ]
-        if any(other.used < other.containers for other in others):
-            for pool in waiting:
+        for pool in waiting:
+            fit = (other for other in others if pool.key.path not in other.unfit)
+            if any(pool.size.fits(Size.free_at(other)) for other in fit):
                 pool.hand_back("another worker has room")
 
     def wake_at(self, moment: float, pool: Pool) -> None:
@@ -503,6 +497,7 @@ class Worker:
         running, troubles, trouble = self._long_running(), self._troubles(), self.settler.trouble
         self._announcement, self._announced = (running, troubles, bool(trouble)), time.monotonic()
         pools = self._pools.values()
+        size, used = self.offer.size, self.capacity.used
         self._presence = await self.broker.workers.announce(
             WorkerRecord(
                 worker=self.name,
@@ -511,13 +506,18 @@ class Worker:
                 python=platform.python_version(),
                 mesh_version=mesh.__version__,
                 started=self._started,
-                containers=self.capacity.limit,
-                used=self.capacity.used,
+                containers=size.containers,
+                used=used.containers,
                 draining=self.draining,
                 running=running,
                 functions={pool.key.path: len(pool.containers) for pool in pools if pool.containers},
                 unfit=troubles,
                 trouble=trouble and f"worker {self.name} begins nothing until the store takes results: {trouble}",
+                cpus=size.cpus,
+                used_cpus=used.cpus,
+                memory=size.memory,
+                used_memory=used.memory,
+                labels=self.offer.labels,
             )
         )
 
@@ -553,3 +553,14 @@ class Worker:
         self.background.spawn(self.broker.log(subject, text, headers))
         if self._show_output:
             self._show_output(key.path, held.key if held else container.name, stream, text)
+
+
+def _offer(worker: str, settings: Settings) -> Offer:
+    """What this machine has for containers, as far as the settings do not say otherwise."""
+    size = Size(
+        containers=settings.containers or 8 * (os.cpu_count() or 1),
+        cpus=settings.cpus or machine.cores(),
+        memory=settings.memory or machine.memory(),
+    )
+    python = ".".join(platform.python_version_tuple()[:2])
+    return Offer(worker=worker, python=python, size=size, labels=parse_labels(settings.labels))

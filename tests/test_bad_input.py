@@ -372,7 +372,12 @@ def test_a_caller_without_the_module(own_mesh: Callable[..., Mesh]) -> None:
         ({"env": {"A": 1}}, "env: the value of A must be a string, not int"),
         ({"name": "a b"}, "function name 'a b' is not allowed: 1 to 64 characters out of"),
         ({"schedule": "daily"}, "schedule must be a mesh.Cron or a mesh.Period, not 'daily'"),
-        ({"max_inputs": 5}, "max_inputs must be 1, not 5"),
+        ({"max_inputs": 0}, "max_inputs must be a whole number of at least 1, not 0"),
+        ({"recycle_memory": 1}, "recycle_memory must be a whole number of at least 16, not 1"),
+        ({"gpu": 4}, "gpu must be a name such as 'l4' or 'l4:2', or a list of them, not 4"),
+        ({"gpu": ["l4", "l4:0"]}, "gpu: 'l4:0' names no GPU"),
+        ({"labels": ["zone"]}, "labels must be a dict of names and values"),
+        ({"labels": {"zone": ""}}, "labels: '' is not allowed: 1 to 63 characters out of"),
     ],
 )
 def test_an_option_out_of_range(options: dict[str, object], text: str) -> None:

@@ -57,6 +57,9 @@ def test_without_any_source_the_defaults_hold(home: Home) -> None:
         "preview": True,
         "unpickle": True,
         "containers": 0,
+        "cpus": 0.0,
+        "memory": 0,
+        "labels": "",
         "grace": 30.0,
         "cancel_grace": 30.0,
         "crash_budget": 3,
@@ -149,6 +152,20 @@ def test_every_setting_can_be_a_variable_and_says_what_it_is(
     assert getattr(settings, name) == default
     assert settings.origin(name) == f"MESH_{name.upper()}"
     assert FIELDS[name].metadata["doc"]
+
+
+@pytest.mark.parametrize(
+    "text", ['labels = "gpu=l4,zone=a"', 'labels = ["gpu=l4", "zone=a"]', "[labels]\ngpu='l4'\nzone='a'"]
+)
+def test_labels_may_be_written_as_text_as_a_list_or_as_a_table(home: Home, text: str) -> None:
+    home.write("work/mesh.toml", text)
+    assert home.load().labels == "gpu=l4,zone=a"
+    assert home.load(labels=["disk=fast"]).labels == "disk=fast"
+
+
+def test_a_label_without_a_value_is_refused(home: Home) -> None:
+    with pytest.raises(InvalidError, match=r"labels = 'gpu' \(flag\): must be name=value, several with commas"):
+        home.load(labels="gpu")
 
 
 def test_settings_cannot_be_changed(home: Home) -> None:

@@ -128,6 +128,11 @@ WORKER = WorkerRecord(
     functions={"shop.resize": 2},
     unfit={"shop.big": "it needs 64 cores"},
     trouble="the store is full",
+    cpus=4.0,
+    used_cpus=1.5,
+    memory=8192,
+    used_memory=512,
+    labels={"gpu": "l4"},
     at=1_700_000_001.5,
 )
 WORKER_JSON: dict[str, Any] = {
@@ -145,6 +150,11 @@ WORKER_JSON: dict[str, Any] = {
     "functions": {"shop.resize": 2},
     "unfit": {"shop.big": "it needs 64 cores"},
     "trouble": "the store is full",
+    "cpus": 4.0,
+    "used_cpus": 1.5,
+    "memory": 8192,
+    "used_memory": 512,
+    "labels": {"gpu": "l4"},
     "at": 1_700_000_001.5,
 }
 

@@ -334,6 +334,10 @@ def test_a_function_has_modals_defaults() -> None:
         "detach": False,
         "is_generator": False,
         "env": {},
+        "max_uses": None,
+        "recycle_memory": None,
+        "gpu": None,
+        "labels": {},
     }
 
 

@@ -21,6 +21,11 @@ from mesh.records import WorkerRecord
 app = typer.Typer(invoke_without_command=True)
 
 Containers = Annotated[int | None, typer.Option("--containers", help="Containers it may run at once.", min=1)]
+Cpus = Annotated[float | None, typer.Option("--cpus", help="Cores that functions may claim; all by default.")]
+Memory = Annotated[int | None, typer.Option("--memory", help="MiB that functions may claim; all by default.")]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="What functions may ask for, such as gpu=l4; repeatable.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Log only what is wrong, and no output of functions.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every call.")]
 LogFormat = Annotated[str | None, typer.Option("--log-format", help="text or json.")]
@@ -31,6 +36,9 @@ def _up(
     listen: Annotated[str, typer.Option("--listen", help="Address to listen on for other machines.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", help="Port of the server; 0 for any free one.")] = None,
     containers: Containers = None,
+    cpus: Cpus = None,
+    memory: Memory = None,
+    label: Labels = None,
     sync: Annotated[str | None, typer.Option("--sync", help="When to write to disk: always, 1s or 2m.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -41,15 +49,16 @@ def _up(
     from mesh.up import store_of, up
     from mesh.worker import Worker
 
-    flags = {"environment": env, "containers": containers, "sync": sync, "log_format": log_format}
+    room = {"containers": containers, "cpus": cpus, "memory": memory, "labels": label or None}
+    flags = {"environment": env, **room, "sync": sync, "log_format": log_format}
     settings = Settings.load(flags)
     set_up_logging(settings, quiet=quiet, verbose=verbose)
 
     def ready(server: NatsServer, worker: Worker) -> None:
         if settings.log_format == "json":
             return  # the worker's own line says that it is ready, and what is read by machines is JSON alone
-        room = f"{worker.capacity.limit} containers (worker {worker.name})"
-        say(f"[bold]mesh is up[/] at nats://{server.address} with {room}")
+        offer = f"{worker.offer.size.containers} containers (worker {worker.name})"
+        say(f"[bold]mesh is up[/] at nats://{server.address} with {offer}")
         say(f"data in {store_of(settings)}, written to disk: {settings.sync}")
         if listen != "127.0.0.1":
             host = os.uname().nodename if listen == "0.0.0.0" else listen
@@ -67,6 +76,9 @@ def _worker(
     env: Env = None,
     url: Url = None,
     containers: Containers = None,
+    cpus: Cpus = None,
+    memory: Memory = None,
+    label: Labels = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     log_format: LogFormat = None,
@@ -82,7 +94,8 @@ def _worker(
 
     if sys.platform != "linux":
         raise InvalidError(f"mesh workers run on Linux; this is {sys.platform}. Calling functions works from anywhere")
-    flags = {"environment": env, "nats_url": url, "containers": containers, "log_format": log_format}
+    room = {"containers": containers, "cpus": cpus, "memory": memory, "labels": label or None}
+    flags = {"environment": env, "nats_url": url, **room, "log_format": log_format}
     settings = Settings.load(flags).with_server()
     set_up_logging(settings, quiet=quiet, verbose=verbose)
 
@@ -110,11 +123,16 @@ def list_workers(env: Env = None, url: Url = None, json: Json = False) -> None:
         print_json([asdict(worker) for worker in workers])
         return
     rows = [
-        (w.worker, w.host, str(w.pid), w.python, f"{w.used}/{w.containers}", ago(w.started),
+        (w.worker, w.host, str(w.pid), w.python, f"{w.used}/{w.containers}",
+         f"{w.used_cpus:g}/{w.cpus:g}", f"{w.used_memory:,}/{w.memory:,} MiB",
+         ",".join(f"{name}={value}" for name, value in w.labels.items()), ago(w.started),
          "draining" if w.draining else "", ", ".join(w.running), ", ".join(w.functions), _troubles(w))
         for w in workers
     ]  # fmt: skip
-    columns = ("Worker", "Host", "Pid", "Python", "Containers", "Started", "State", "Running", "Functions", "Troubles")
+    columns = (
+        *("Worker", "Host", "Pid", "Python", "Containers", "Cores", "Memory", "Labels"),
+        *("Started", "State", "Running", "Functions", "Troubles"),
+    )
     print_table(columns, rows, "no worker is running; start one with `mesh worker` (or `mesh up`)")
 
 
