@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from mesh.broker import Broker, Stored
 from mesh.exception import ConflictError, InvalidError
-from mesh.protocol import Address, Input, is_call_id, new_call_id, parse_time
+from mesh.protocol import SHARED_POOL, Address, Input, is_call_id, new_call_id, parse_time
 from mesh.status import Filter
-from mesh.topology import SHARED_POOL
 
 _PAGE = 256  # letters read at once
 

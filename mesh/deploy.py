@@ -30,10 +30,9 @@ import mesh
 from mesh import serialization
 from mesh.bundle import Bundle, collect
 from mesh.exception import ConflictError, InvalidError, NotFoundError, RemoteError, SerializationError
-from mesh.protocol import Result, State, failure
+from mesh.protocol import PoolKey, Result, State, failure
 from mesh.records import AppHead, AppState, Code, FunctionRecord, Removal
 from mesh.settle import end_without_lease, quarantine_stored
-from mesh.topology import SHARED_POOL
 
 if TYPE_CHECKING:
     from mesh.app import Definition
@@ -276,9 +275,7 @@ async def deploy(
         if len(records) + len(removals) > MAX_FUNCTIONS:
             raise InvalidError(f"app {name!r} has {len(records)} functions; {MAX_FUNCTIONS} is the most one may have")
         await _ship_code(broker, app, source, [large for _, large in described if large])
-        await broker.registry.add_consumers(
-            [(app, record.spec.name, SHARED_POOL) for record in records], await broker.ack_wait()
-        )
+        await broker.consumers.add(await _pools(broker, app, records), await broker.ack_wait())
         head = AppHead(
             app=app,
             name=name,
@@ -294,6 +291,14 @@ async def deploy(
         )
         await broker.registry.publish(head, [*records, *removals], sequence)
     return Deployment(head, records, True, gone)
+
+
+async def _pools(broker: Broker, app: str, records: Sequence[FunctionRecord]) -> dict[PoolKey, Sequence[str]]:
+    """Every pool of what is deployed, with the methods of classes: a new one is delivered in all of them."""
+    methods = {record.spec.name: tuple(record.spec.methods or ()) for record in records}
+    own = await broker.pools.of(app, [name for name, of_class in methods.items() if of_class])
+    keys = [*(PoolKey(app, name) for name in methods), *(record.key for record in own)]
+    return {key: methods[key.function] for key in keys}
 
 
 async def _removals(broker: Broker, app: str, names: Sequence[str], reason: str) -> list[FunctionRecord]:
@@ -351,12 +356,14 @@ async def end_run(broker: Broker, app: str) -> None:
         ended = dataclasses.replace(head, version=head.version + 1, state=AppState.STOPPED, functions={})
         with contextlib.suppress(ConflictError):
             await broker.registry.publish(ended, [], sequence)
-    names = await broker.registry.recorded(app)
+    consumers = [PoolKey(app, name) for name in await broker.registry.recorded(app)]
+    consumers += [record.key for record in await broker.pools.all(broker.topology.pool_key(PoolKey(app, "*", "*")))]
     await cancel_queued(broker, app, f"app {head.name if head else app!r} ended")
-    for name in names:
-        await broker.registry.remove_consumer(broker.topology.consumer(app, name))
+    for pool in consumers:
+        await broker.consumers.remove(broker.topology.consumer(pool))
     # What was published between the two is nobody's now: once more.
     await cancel_queued(broker, app, f"app {head.name if head else app!r} ended")
+    await broker.pools.erase(app)
     await broker.registry.erase(app)
     await broker.registry.code.erase(app)
     await broker.runs.end(app)

@@ -40,6 +40,7 @@ class Start:
     worker: str
     container: str
     code: dict[str, Any]
+    construction: dict[str, Any]  # what the constructor of a class is called with
     bundle: str  # directory of the unpacked source, or empty
     result_limit: int  # bytes a result may have
 

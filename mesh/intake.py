@@ -93,6 +93,8 @@ class Intake:
             self._of_removed.append(held)
             if len(self._of_removed) == 1:
                 self._worker.background.spawn(self._fail_removed())
+        elif self._pool.refusal is not None:
+            self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=self._pool.refusal))
         elif self._pool.closed:
             self._pool.settle(held, cancelled("its app has ended"))
         elif self._worker.draining:
@@ -109,7 +111,7 @@ class Intake:
         record = await self._worker.settler.insist(lambda: self._worker.broker.registry.function(key.app, key.function))
         removed, self._of_removed = self._of_removed, []
         if record is not None and record.removed is None:
-            self._pool.update(record, self._pool.unfit)
+            self._pool.update(record)
         for held in removed:
             if self._pool.record.removed is None:
                 self._accept(held)

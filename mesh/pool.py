@@ -12,22 +12,20 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mesh import execution, report
+from mesh import execution, placement, report
 from mesh.autoscaler import Load, containers_wanted
 from mesh.container import Assignment, Container, Exit
-from mesh.exception import Error
+from mesh.exception import Error, InvalidError
 from mesh.frames import Outcome, Start, Work
 from mesh.intake import Intake
 from mesh.judge import About, Execution, Kind, cancelled
 from mesh.placement import Size
-from mesh.protocol import CancelRequest, Failure, failure
+from mesh.protocol import CancelRequest, Failure, PoolKey, failure, method_of
 from mesh.records import FunctionRecord
 from mesh.settle import Held
-from mesh.spec import FunctionSpec
-from mesh.topology import SHARED_POOL
+from mesh.variant import Variant
 
 if TYPE_CHECKING:
     from mesh.worker import Worker
@@ -38,31 +36,27 @@ _READ_AHEAD = 8  # inputs a container holds besides the running one, where runs 
 _SHORT = 0.05  # seconds; runs are short where their median is below this
 _HOSTAGE = 1.0  # seconds after which inputs do not wait behind a running one any longer
 _RECENT = 32  # runs the median is taken of
-_REMOVED_BATCH = 100  # inputs of a removed function that are taken at once, to be failed
+_REFUSED_BATCH = 100  # inputs that nobody can run, of a removed function for example, taken at once to be failed
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0  # seconds between tries to start code that does not start
 _RESULT_HEADERS = 4096  # bytes kept free of the message's limit for the headers of a result
 
 
-@dataclass(frozen=True, slots=True)
-class PoolKey:
-    app: str
-    function: str
-    pool: str = SHARED_POOL
-
-    @property
-    def path(self) -> str:
-        return f"{self.app}.{self.function}"
-
-
 class Pool:
-    """The containers of one function on this worker, and the inputs that wait for them."""
+    """The containers of one function on this worker, and the inputs that wait for them.
 
-    def __init__(self, worker: Worker, key: PoolKey, record: FunctionRecord, unfit: str) -> None:
+    Attributes:
+        spec: the options in force. unfit: why this worker cannot run it; empty if it can.
+        refusal: why nobody can run its inputs, which fail with that; `None` where somebody can.
+    """
+
+    def __init__(self, worker: Worker, key: PoolKey, record: FunctionRecord, variant: Variant) -> None:
         self.key = key
         self.record = record
-        self.unfit = unfit
+        self.variant = variant
+        self.spec = record.spec
+        self.refusal: Failure | None = None
         self.containers: list[Container] = []
-        self.consumer = worker.broker.topology.consumer(key.app, key.function, key.pool)
+        self.consumer = worker.broker.topology.consumer(key)
         self.closed = False
         self._worker = worker
         self.intake = Intake(worker, self)
@@ -73,13 +67,9 @@ class Pool:
         self._retry_at = 0.0
         self.start_error = ""
         self._feeding = False
+        self._set_spec()
 
     # --- what it is --------------------------------------------------------------------------------------------------
-
-    @property
-    def spec(self) -> FunctionSpec:
-        """The options in force."""
-        return self.record.spec
 
     @property
     def size(self) -> Size:
@@ -132,12 +122,13 @@ class Pool:
 
     # --- changes from outside ----------------------------------------------------------------------------------------
 
-    def update(self, record: FunctionRecord, unfit: str) -> None:
+    def update(self, record: FunctionRecord) -> None:
         """Another version, or its removal: what runs finishes on the old code, the rest runs on the new."""
         changed = record.version != self.record.version or record.removed != self.record.removed
-        self.record, self.unfit = record, unfit
-        if unfit:
-            self.hand_back(unfit)
+        self.record = record
+        self._set_spec()
+        if self.unfit:
+            self.hand_back(self.unfit)
         if changed:
             self._retry_at = self._backoff = 0.0
             self._durations.clear()
@@ -146,6 +137,16 @@ class Pool:
                 container.take_back()
                 container.stop()
         self.feed()
+
+    def _set_spec(self) -> None:
+        """The options in force. What the pool asks for may make no sense with what is deployed now."""
+        self.refusal = None
+        try:
+            self.variant = self.variant.of(self.record.spec)
+            self.spec = self.variant.apply(self.record.spec)
+        except (TypeError, InvalidError) as error:
+            self.refusal = failure(type(error), str(error))
+        self.unfit = placement.unfit(self.record, self.spec, self._worker.offer)
 
     def close(self, reason: str) -> None:
         """The app of a single run has ended: nothing of it runs on."""
@@ -254,7 +255,7 @@ class Pool:
             format=input.format,
             body=input.body,
             keep_result=input.keep_result,
-            method=input.address.function.removeprefix(self.key.function).removeprefix("."),
+            method=method_of(input.address.function),
         )
         held.about = self._about()
         report.began(held, self._worker.name, container.name, work.attempt)
@@ -264,7 +265,7 @@ class Pool:
 
     def _grow(self, serving: Sequence[Container]) -> None:
         """Start containers while the load wants more and there is room for them."""
-        if self.unfit or self._resting() or self.record.removed is not None:
+        if self.unfit or self._resting() or self.refusal or self.record.removed is not None:
             return
         behind = sum(max(0, c.load - 1) for c in serving)
         waiting = len(self.intake.waiting) + behind + (0 if self._asked() else self.intake.pending)
@@ -281,8 +282,8 @@ class Pool:
         """Pull what can be run now; one input more where another container could be started for it."""
         if self.unfit or self.is_stuck():
             return
-        if self.record.removed is not None:
-            wanted = _REMOVED_BATCH
+        if self.record.removed is not None or self.refusal is not None:
+            wanted = _REFUSED_BATCH
         else:
             wanted = sum(self._room(c) if c.ready else 1 for c in serving)
             limit = self.spec.max_containers
@@ -309,6 +310,7 @@ class Pool:
                 app=self.key.app,
                 function=self.key.function,
                 version=record.version,
+                construction=self.variant.construction.to_json(),
                 environment=self._worker.broker.topology.environment,
                 worker=self._worker.name,
                 container=container.name,
@@ -347,7 +349,7 @@ class Pool:
         if not self._resting():  # containers that were started together fail together, and count once
             self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
             self._retry_at = time.monotonic() + self._backoff
-            logger.warning("%s does not start, trying again in %g s: %s", self.key.path, self._backoff, failed.summary)
+            logger.warning("%s does not start, trying again in %g s: %s", self.key, self._backoff, failed.summary)
             self._worker.wake_at(self._retry_at, self)
         while self.intake.waiting and self.is_stuck():
             self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.NOT_STARTED, text=failed.summary))

@@ -23,6 +23,7 @@ import msgpack
 from mesh.exception import InvalidError, VersionError
 from mesh.spec import qualified_name
 
+SHARED_POOL = "_"  # the pool of calls without class parameters or options of their own
 VERSION = 1  # the major version of the protocol; `Mesh-Version` on every message
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -129,6 +130,16 @@ def unescape(token: str) -> str:
     return token.replace("=", ".")
 
 
+def class_of(function: str) -> str:
+    """What is deployed, and has containers: of a method (`Model.ask`) its class, of a function itself."""
+    return function.partition(".")[0]
+
+
+def method_of(function: str) -> str:
+    """The method's own name; empty for a function."""
+    return function.partition(".")[2]
+
+
 # --- time and text in headers ----------------------------------------------------------------------------------------
 
 
@@ -203,6 +214,24 @@ def _format(headers: Mapping[str, str]) -> Format:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolKey:
+    """Names a pool: the containers of one function, or class, that are alike."""
+
+    app: str
+    function: str
+    pool: str = SHARED_POOL
+
+    @property
+    def path(self) -> str:
+        """What is deployed, `app.function`."""
+        return f"{self.app}.{self.function}"
+
+    def __str__(self) -> str:
+        """The path; of a pool with options or class parameters of its own, with the pool's name behind a `+`."""
+        return self.path if self.pool == SHARED_POOL else f"{self.path}+{self.pool}"
+
+
+@dataclass(frozen=True, slots=True)
 class Address:
     """Where an input belongs: every part of its subject."""
 
@@ -221,6 +250,11 @@ class Address:
     def path(self) -> str:
         """`app.function`, as records, logs and the CLI name it."""
         return f"{self.app}.{self.function}"
+
+    @property
+    def pool_key(self) -> PoolKey:
+        """The pool whose containers run it."""
+        return PoolKey(self.app, class_of(self.function), self.pool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,9 @@ from enum import StrEnum
 from typing import Any, Self
 
 from mesh.exception import Error, InvalidError, VersionError
+from mesh.protocol import PoolKey
 from mesh.spec import FunctionSpec
+from mesh.variant import Variant
 
 RECORD_VERSION = 1
 
@@ -147,6 +149,35 @@ class FunctionRecord:
 def verify(record: FunctionRecord) -> FunctionRecord:
     """The one way from a record to its code. Checks nothing yet: signatures come with the security work."""
     return record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRecord:
+    """A pool of its own: what its name stands for, written by whoever calls it.
+
+    Attributes:
+        variant: its options and class parameters. client: who asked for it last, and `at` when.
+    """
+
+    app: str
+    function: str
+    pool: str
+    variant: Variant
+    client: str = ""
+    at: float = field(default_factory=time.time)
+
+    @property
+    def key(self) -> PoolKey:
+        return PoolKey(self.app, self.function, self.pool)
+
+    def encode(self) -> bytes:
+        about = {"app": self.app, "function": self.function, "pool": self.pool, "client": self.client, "at": self.at}
+        return _dump({**about, **self.variant.to_json()})
+
+    @classmethod
+    def decode(cls, data: bytes) -> PoolRecord:
+        with _reading(data, "the pool's record") as fields:
+            return cls(**_known(cls, fields), variant=Variant.from_json(fields))
 
 
 class AppState(StrEnum):

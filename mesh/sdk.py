@@ -26,9 +26,19 @@ from mesh.exception import (
     ServerWarning,
     UnimplementedError,
 )
-from mesh.protocol import Address, CancelRequest, Failure, Input, Result, State, call_time, is_call_id, new_call_id
+from mesh.protocol import (
+    SHARED_POOL,
+    Address,
+    CancelRequest,
+    Failure,
+    Input,
+    Result,
+    State,
+    call_time,
+    is_call_id,
+    new_call_id,
+)
 from mesh.spec import FunctionSpec, check_name
-from mesh.topology import SHARED_POOL
 
 # asyncio, nats and all that needs them are imported at first use: together they take four times as long as the rest.
 if TYPE_CHECKING:

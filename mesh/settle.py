@@ -18,9 +18,8 @@ from typing import TypeVar
 from mesh.broker import Broker, Headers, Lease, NoResponders, Stored, StoreError, Unanswered
 from mesh.exception import PermissionDeniedError
 from mesh.judge import About, Again, Execution, Final, cancelled, judge
-from mesh.protocol import Address, Result, State, format_time
+from mesh.protocol import SHARED_POOL, Address, Result, State, format_time
 from mesh.records import Attempt, AttemptLog, Ending
-from mesh.topology import SHARED_POOL
 
 logger = logging.getLogger("mesh.worker")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mesh.exception import InvalidError
 from mesh.labels import check_labels, parse_gpu
+from mesh.parameters import Parameter
 
 DAY = 86_400.0
 MAX_RESULT_AGE = 7 * DAY  # how long Modal keeps the result of a spawn; the default of an environment here
@@ -276,6 +277,24 @@ class Period:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSpec:
+    """What a method of a class has for itself; everything else is the class's.
+
+    Attributes:
+        is_generator: it yields.
+    """
+
+    is_generator: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"is_generator": True} if self.is_generator else {}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> MethodSpec:
+        return cls(is_generator=values.get("is_generator", False))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionSpec:
     """What the mesh must know of a function to run it: the options of `@app.function`, checked.
 
@@ -299,6 +318,8 @@ class FunctionSpec:
         keep_result: `False` stores a success without its value, for an hour.
         detach: a `remote` goes on when its client dies.
         env: variables set in the container.
+        methods: of a class, by name; `None` for a function. parameters: of a class that declares any, or nothing to
+            construct it with; `None` for one with an `__init__` of its own, and for a function.
     """
 
     name: str
@@ -325,9 +346,13 @@ class FunctionSpec:
     recycle_memory: int | None = None
     gpu: str | None = None
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    methods: Mapping[str, MethodSpec] | None = None
+    parameters: Mapping[str, Parameter] | None = None
 
     def __post_init__(self) -> None:
         check_name("function", self.name)
+        if "." in self.name:
+            raise InvalidError(f"function name {self.name!r} is not allowed: only methods have a dot, Class.method")
         check_number("timeout", self.timeout, 1, DAY)
         if self.startup_timeout is not None:
             check_number("startup_timeout", self.startup_timeout, 1, DAY)
@@ -393,6 +418,10 @@ class FunctionSpec:
         """Seconds a container may take to start."""
         return self.timeout if self.startup_timeout is None else self.startup_timeout
 
+    def yields(self, method: str = "") -> bool:
+        """Whether the function, or a method of the class, is a generator."""
+        return self.methods[method].is_generator if self.methods is not None else self.is_generator
+
     def to_json(self) -> dict[str, Any]:
         """Only what differs from the defaults, so that a new option changes no existing record or version."""
         values: dict[str, Any] = {"name": self.name}
@@ -400,7 +429,7 @@ class FunctionSpec:
             value = getattr(self, field.name)
             default = {} if field.name in ("env", "labels") else field.default
             if value != default:
-                values[field.name] = value.to_json() if isinstance(value, Retries) else value
+                values[field.name] = _to_json(field.name, value)
         return values
 
     @classmethod
@@ -411,7 +440,19 @@ class FunctionSpec:
         if options.get("retries") is not None:
             retries = options["retries"]
             options["retries"] = Retries(**{name: retries[name] for name in Retries.__slots__ if name in retries})
+        for name, kind in _PARTS.items():
+            if options.get(name) is not None:
+                options[name] = {key: kind.from_json(part) for key, part in options[name].items()}
         return cls(**options)
+
+
+_PARTS: dict[str, type[MethodSpec] | type[Parameter]] = {"methods": MethodSpec, "parameters": Parameter}
+
+
+def _to_json(option: str, value: Any) -> Any:
+    if option in _PARTS:
+        return {name: part.to_json() for name, part in value.items()}
+    return value.to_json() if isinstance(value, Retries) else value
 
 
 _ENV_KEY = re.compile(r"[A-Za-z_]\w*")

@@ -73,11 +73,7 @@ async def find_status(broker: Broker, call: str, index: int = 0, *, at: Address 
         if queued is not None:
             workers = await broker.workers.all()
             status = _unfinished(broker, call, queued, workers, await broker.attempts.get(key))
-            return (
-                status
-                if status.worker
-                else replace(status, waiting_for=why(workers, f"{status.app}.{status.function}"))
-            )
+            return status if status.worker else replace(status, waiting_for=why(workers, broker.calls.address(queued)))
         result = await broker.results.get(key)
     return None if result is None else _finished(call, index, result)
 
@@ -127,16 +123,17 @@ def _short_arguments(queued: Stored) -> str:
 
 async def why_waiting(broker: Broker, address: Address | None) -> str:
     """Why nobody runs a queued call, if that can be told; empty if somebody could."""
-    return why(await broker.workers.recent(), address.path if address else "", broker.topology.environment)
+    return why(await broker.workers.recent(), address, broker.topology.environment)
 
 
-def why(workers: list[WorkerRecord], function: str, environment: str = "") -> str:
+def why(workers: list[WorkerRecord], address: Address | None, environment: str = "") -> str:
     """The same, from the workers that are alive."""
     takers = [worker for worker in workers if not worker.draining]
     if not takers:
         where = f" in environment {environment!r}" if environment else ""
         return f"no worker is running{where}; start one with `mesh worker` (or `mesh up`)"
-    reasons = [worker.trouble or worker.unfit.get(function, "") for worker in takers]
+    pool = str(address.pool_key) if address else ""
+    reasons = [worker.trouble or worker.unfit.get(pool, "") for worker in takers]
     return "; ".join(dict.fromkeys(reasons)) if all(reasons) else ""
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 from mesh import deploy
 from mesh.broker import Broker, Stored
-from mesh.exception import InvalidError, NotFoundError
-from mesh.protocol import Address, Result, State, call_time, failure
+from mesh.exception import NotFoundError
+from mesh.protocol import SHARED_POOL, Address, PoolKey, Result, State, call_time, class_of, failure, method_of
 from mesh.records import AppHead, AppState, FunctionRecord
 from mesh.settle import end_without_lease, quarantine_stored
-from mesh.topology import SHARED_POOL
 
 logger = logging.getLogger("mesh.worker")
 
 ORPHAN_AGE = 60.0  # seconds a call may wait for a function that nobody deployed
+KEPT_UNUSED = 86_400.0  # seconds a pool of its own stays that nobody calls
 KEPT_REMOVED = 86_400.0  # seconds the record and consumer of a removed function stay, to fail what still arrives
 
 
@@ -40,6 +40,7 @@ class Sweeper:
             return
         await self.orphans()
         await self.removed()
+        await self.unused_pools()
 
     async def runs(self, runs: Sequence[AppHead]) -> None:
         """End apps of a single run whose client has gone, or died while it ended them."""
@@ -58,31 +59,32 @@ class Sweeper:
         Only where the queue holds more than the consumers know, twice running: in passing the two always differ.
         Returns how many calls were ended.
         """
-        queued, known = await self.broker.registry.queue_sizes()
+        queued, known = await self.broker.consumers.queue_sizes()
         differed, self._differed = self._differed, queued > known
         if not (self._differed and differed):
             return 0
-        existing = await self.broker.registry.consumers()
+        delivered = await self.broker.consumers.delivered()
         ended = 0
-        for app, function, pool in await self.broker.calls.pools():
-            if self.broker.topology.consumer(app, function, pool) in existing:
+        for app, function, pool in await self.broker.calls.called():
+            if self.broker.topology.call_filter(app=app, function=function, pool=pool) in delivered:
                 continue
-            record = await self._record(app, function)
-            if record is not None:
-                await self.broker.registry.add_consumers([(app, function, pool)], self.ack_wait)
+            key = PoolKey(app, class_of(function), pool)
+            methods = await self._methods(key)
+            if methods is not None and method_of(function) in (methods or ("",)):
+                await self.broker.consumers.add({key: methods}, self.ack_wait)
             else:
                 ended += await self._fail_all(app, function, pool, older_than)
         return ended
 
-    async def _record(self, app: str, function: str) -> FunctionRecord | None:
-        try:
-            return await self.broker.registry.function(app, function)
-        except InvalidError:  # of a newer mesh, or damaged: not ours to judge
+    async def _methods(self, pool: PoolKey) -> tuple[str, ...] | None:
+        """The methods of a pool's class, none of a function; `None` where nobody knows such a pool."""
+        if pool.pool != SHARED_POOL and await self.broker.pools.get(pool) is None:
             return None
+        return (await self.broker.registry.methods([pool])).get(pool)
 
     async def _fail_all(self, app: str, function: str, pool: str, older_than: float) -> int:
         ended = 0
-        for stored in await self.broker.calls.of_pool(app, function, pool):
+        for stored in await self.broker.calls.of_function(app, function, pool):
             address = self.broker.calls.address(stored)
             if address is None:
                 await quarantine_stored(self.broker, stored, "no call id, and no such function")
@@ -93,7 +95,10 @@ class Sweeper:
         return ended
 
     async def _fail(self, stored: Stored, address: Address) -> None:
-        reason = failure(NotFoundError, f"no function {address.function!r} in app {address.app!r}")
+        text = f"no function {address.function!r} in app {address.app!r}"
+        if address.pool != SHARED_POOL:
+            text = f"{text}, or nothing says what its pool {address.pool!r} is"
+        reason = failure(NotFoundError, text)
         logger.warning("%s: %s", address.key, reason.text)
         result = Result.of_failure(State.FAILED, reason, app=address.app, function=address.function, worker=self.worker)
         await end_without_lease(self.broker, stored, address, result)
@@ -105,12 +110,30 @@ class Sweeper:
             if len(names) == len(head.functions):
                 continue
             records = await self.broker.registry.functions(app, [name for name in names if name not in head.functions])
-            for name, record in records.items():
+            for record in records.values():
                 if record.removed is not None and time.time() - record.removed.at > KEPT_REMOVED:
-                    await self._forget(app, name)
+                    await self._forget(record)
 
-    async def _forget(self, app: str, function: str) -> None:
-        consumer = self.broker.topology.consumer(app, function, SHARED_POOL)
-        if not await self.broker.calls.of_pool(app, function, SHARED_POOL, 1):
-            await self.broker.registry.remove_consumer(consumer)
-            await self.broker.registry.forget(app, function)
+    async def _forget(self, record: FunctionRecord) -> None:
+        app, name, methods = record.app, record.spec.name, record.spec.methods or ()
+        pools = [PoolKey(app, name), *(pool.key for pool in await self.broker.pools.of(app, [name]))]
+        for pool in pools:
+            if await self.broker.calls.in_pool(pool, methods):
+                return
+        for pool in pools:
+            await self.broker.consumers.remove(self.broker.topology.consumer(pool))
+        await self.broker.registry.forget(app, name)
+
+    async def unused_pools(self) -> None:
+        """Forget pools of their own that nobody has called for a day, and that have nothing queued."""
+        now = await self.broker.workers.server_time(self.worker)
+        unused = await self.broker.pools.older_than(KEPT_UNUSED, now)
+        recorded = await self.broker.registry.methods(record.key for record, _ in unused)
+        for record, sequence in unused:
+            methods = recorded.get(record.key, ())
+            if await self.broker.calls.in_pool(record.key, methods) or not await self.broker.pools.forget(sequence):
+                continue
+            await self.broker.consumers.remove(self.broker.topology.consumer(record.key))
+            if await self.broker.calls.in_pool(record.key, methods):  # one slipped in: as if nothing had been
+                await self.broker.pools.restore(record)
+                await self.broker.consumers.add({record.key: methods}, self.ack_wait)

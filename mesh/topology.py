@@ -8,17 +8,16 @@ setting is as it is, is said beside it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mesh.exception import InvalidError
-from mesh.protocol import Address, escape, is_call_id, unescape
+from mesh.protocol import Address, PoolKey, escape, is_call_id, method_of, unescape
 from mesh.spec import MAX_RESULT_AGE, check_environment, check_name
 
 SCHEMA = 1  # of the topology; kept in `mesh_meta` under `schema`
 MIN_API_LEVEL = 4  # nats-server 2.14: work-queue details, atomic batches, republish as used here
-SHARED_POOL = "_"  # the pool of calls without class parameters or options of their own
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 _SECOND = 1_000_000_000
@@ -120,8 +119,8 @@ class Topology:
             raise InvalidError(f"{subject!r} does not end with a call id (fc- and 26 characters) and an input's number")
         return Address(unescape(app), unescape(function), pool, call, int(index))
 
-    def parse_pool(self, subject: str) -> tuple[str, str, str]:
-        """App, function and pool of whatever was published under `call`, be it a call or not."""
+    def parse_called(self, subject: str) -> tuple[str, str, str]:
+        """App, function (or method) and pool of whatever was published under `call`, be it a call or not."""
         app, function, pool = subject.removeprefix(f"{self.root}.call.").split(".")[:3]
         return unescape(app), unescape(function), pool
 
@@ -176,24 +175,40 @@ class Topology:
     def function_key(self, app: str, function: str) -> str:
         return f"{escape(app)}.{escape(function)}"
 
+    def pool_key(self, pool: PoolKey) -> str:
+        return f"{escape(pool.app)}.{escape(pool.function)}.{pool.pool}"
+
     def head_key(self, app: str) -> str:
         return escape(app)
 
     # --- consumers ---------------------------------------------------------------------------------------------------
 
-    def consumer(self, app: str, function: str, pool: str = SHARED_POOL) -> str:
+    def consumer(self, pool: PoolKey) -> str:
         """The durable's name. `+` is in no name, so two functions can never share one."""
-        return f"{escape(app)}+{escape(function)}+{pool}"
+        return f"{escape(pool.app)}+{escape(pool.function)}+{pool.pool}"
 
-    def parse_consumer(self, name: str) -> tuple[str, str, str] | None:
-        """The app, function and pool a consumer is for; `None` if it is not one of mesh's."""
+    def parse_consumer(self, name: str) -> PoolKey | None:
+        """The pool a consumer is for; `None` if it is not one of mesh's."""
         parts = name.split("+")
-        return (unescape(parts[0]), unescape(parts[1]), parts[2]) if len(parts) == 3 else None
+        return PoolKey(unescape(parts[0]), unescape(parts[1]), parts[2]) if len(parts) == 3 else None
 
-    def consumer_config(self, app: str, function: str, pool: str, ack_wait: float, replicas: int = 1) -> Config:
+    def filters(self, pool: PoolKey, methods: Collection[str] = ()) -> list[str]:
+        """What the consumer of a pool delivers: calls of the function, or of each method of the class."""
+        names = [f"{pool.function}.{method}" for method in sorted(methods)] or [pool.function]
+        return [self.call_filter(app=pool.app, function=name, pool=pool.pool) for name in names]
+
+    def methods_in(self, filters: Collection[str]) -> set[str]:
+        """The methods that a class's consumer delivers calls of."""
+        return {method for filter in filters if (method := method_of(self.parse_called(filter)[1]))}
+
+    def consumer_config(
+        self, pool: PoolKey, ack_wait: float, methods: Collection[str] = (), replicas: int = 1
+    ) -> Config:
+        """The consumer of a pool. Methods are those of a class; none means a function."""
+        filters = self.filters(pool, methods)
         return {
-            "durable_name": self.consumer(app, function, pool),
-            "filter_subject": self.call_filter(app=app, function=function, pool=pool),
+            "durable_name": self.consumer(pool),
+            **({"filter_subjects": filters} if methods else {"filter_subject": filters[0]}),
             "ack_policy": "explicit",
             "ack_wait": int(ack_wait * _SECOND),
             "deliver_policy": "all",
@@ -201,7 +216,7 @@ class Topology:
             "max_ack_pending": 1_000_000,  # delayed naks count: the default of 1,000 retries would freeze a function
             "max_waiting": 4096,
             "num_replicas": replicas,
-            "metadata": {"mesh.app": app, "mesh.function": function, "mesh.pool": pool},
+            "metadata": {"mesh.app": pool.app, "mesh.function": pool.function, "mesh.pool": pool.pool},
         }
 
     # --- streams -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from mesh.background import Background
 from mesh.broker import Broker, NoResponders, StoreError, Unanswered
 from mesh.broker.audit import Finding, is_missing
 from mesh.exception import Error
+from mesh.protocol import SHARED_POOL, PoolKey
 from mesh.records import AppState
 
 logger = logging.getLogger("mesh.worker")
@@ -79,8 +80,9 @@ class Upkeep:
         changed = {finding.pool for finding in found.values() if finding.pool is not None}
         await self._make(changed)
 
-    async def _make(self, pools: Collection[tuple[str, str, str]]) -> None:
-        for consumer, made in (await self.broker.registry.add_consumers(pools, self.ack_wait)).items():
+    async def _make(self, pools: Collection[PoolKey]) -> None:
+        wanted = await self.broker.registry.methods(pools)
+        for consumer, made in (await self.broker.consumers.add(wanted, self.ack_wait)).items():
             self.on_made(consumer, made)
 
     # --- consumers ---------------------------------------------------------------------------------------------------
@@ -115,13 +117,16 @@ class Upkeep:
                 self.suspect(error)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def _still_wanted(self, lost: set[str]) -> dict[str, tuple[str, str, str]]:
-        """Those of functions that are recorded, in apps that are not being ended."""
+    async def _still_wanted(self, lost: set[str]) -> dict[str, PoolKey]:
+        """Those of functions that are recorded, in apps that are not being ended, and of pools that are known."""
         pools = {name: pool for name in lost if (pool := self.broker.topology.parse_consumer(name))}
-        recorded: set[tuple[str, str]] = set()
-        for app in {app for app, _, _ in pools.values()}:
+        wanted = dict(pools)
+        for name, pool in pools.items():
+            if pool.pool != SHARED_POOL and await self.broker.pools.get(pool) is None:
+                del wanted[name]
+        for app in {pool.app for pool in pools.values()}:
             head, _ = await self.broker.registry.head(app)
-            if head is not None and not (head.state is AppState.STOPPED and app.startswith("ap-")):
-                names = [function for of, function, _ in pools.values() if of == app]
-                recorded |= {(app, name) for name in await self.broker.registry.functions(app, names)}
-        return {name: pool for name, pool in pools.items() if pool[:2] in recorded}
+            if head is None or (head.state is AppState.STOPPED and app.startswith("ap-")):
+                wanted = {name: pool for name, pool in wanted.items() if pool.app != app}
+        recorded = await self.broker.registry.methods(wanted.values())
+        return {name: pool for name, pool in wanted.items() if pool in recorded}

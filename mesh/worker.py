@@ -23,7 +23,7 @@ from enum import IntEnum
 
 import mesh
 from mesh import container as containers
-from mesh import machine, placement
+from mesh import machine
 from mesh.background import Background
 from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered, translated
 from mesh.broker.fleet import RENEW_WORKER
@@ -31,18 +31,18 @@ from mesh.capacity import Capacity
 from mesh.codecache import CodeCache
 from mesh.config import Settings
 from mesh.container import Container
+from mesh.deployed import Deployed
 from mesh.examine import Examiner
 from mesh.exception import Error
 from mesh.labels import parse_labels
 from mesh.memory import MemoryWatch
 from mesh.placement import Offer, Size
-from mesh.pool import Pool, PoolKey
-from mesh.protocol import CancelRequest
-from mesh.records import AppHead, AppState, FunctionRecord, WorkerRecord
+from mesh.pool import Pool
+from mesh.protocol import CancelRequest, PoolKey
+from mesh.records import WorkerRecord
 from mesh.scratch import Scratch
 from mesh.settle import Held, Settler
 from mesh.sweep import Sweeper
-from mesh.topology import SHARED_POOL
 from mesh.upkeep import Upkeep
 from mesh.watch import Watch
 
@@ -85,13 +85,11 @@ class Worker:
         self.background = Background()
         self.memory = MemoryWatch()
         self.draining = False
-        self._pools: dict[PoolKey, Pool] = {}
         self.offer = _offer(self.name, settings)
+        self.deployed = Deployed(self)
+        self._pools = self.deployed.pools
         self.capacity = Capacity(self.offer.size, self._pools.values())
-        self._by_consumer: dict[str, Pool] = {}
         self._held: dict[str, Held] = {}
-        self._heads: dict[str, AppHead] = {}
-        self._ended_runs: set[str] = set()
         self._seq = itertools.count(1)
         self._container_numbers = itertools.count(1)
         self._show_output = on_output
@@ -142,7 +140,7 @@ class Worker:
         self.ack_wait = await self.broker.ack_wait()
         self.settler = Settler(self.broker)
         interval = self.settings.sweep_interval
-        self.upkeep = Upkeep(self.broker, self.name, self.ack_wait, interval, self._on_consumer_made, self.background)
+        self.upkeep = Upkeep(self.broker, self.name, self.ack_wait, interval, self.on_consumer_made, self.background)
         self.settler.on_trouble, self.settler.on_back = self.upkeep.suspect, self._feed_all
         self.examiner = Examiner(self.broker, self.settler, self.name)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
@@ -159,11 +157,11 @@ class Worker:
                 loop.add_signal_handler(number, self.stop)
         await self.watch.start()
         await self.puller.start()
-        await self.broker.registry.watch(self._on_head, self._on_unreadable)
-        await self.broker.registry.watch_consumers(self._on_consumer_made)
+        await self.deployed.watch()
+        await self.broker.consumers.watch(self.on_consumer_made)
         await self._announce()
         self.examiner.trust_from(await self.broker.workers.server_time(self.name))
-        await self._read_heads()
+        await self._read_deployed()
         logger.info(
             "worker %s is ready: %d containers, environment %s, %s",
             self.name,
@@ -176,7 +174,7 @@ class Worker:
         duties = [
             self.background.spawn(self._regularly(_TICK, self._tick)),
             self.background.spawn(self._regularly(self.ack_wait / 12, self._renew_leases)),
-            self.background.spawn(self._regularly(_REREAD, self._read_heads)),
+            self.background.spawn(self._regularly(_REREAD, self._read_deployed)),
             self.background.spawn(self._regularly(_CLIENTS_SWEEP, self._sweep_runs)),
             self.background.spawn(self._regularly(_CLIENTS_SWEEP, self.watch.callers)),
             self.background.spawn(self._regularly(self.settings.sweep_interval, self.sweeper.sweep)),
@@ -266,80 +264,13 @@ class Worker:
             for container in pool.containers:
                 container.kill(reason)
 
-    # --- what is deployed --------------------------------------------------------------------------------------------
-
-    async def _read_heads(self) -> None:
-        """All apps, as the store has them; what vanished there vanishes here."""
-        heads = await self.broker.registry.heads()
-        existing = await self.broker.registry.consumers()
-        missing = [
-            (head.app, name, SHARED_POOL)
-            for head in heads.values()
-            for name in head.functions
-            if self.broker.topology.consumer(head.app, name) not in existing
-        ]
-        for consumer, made in (await self.broker.registry.add_consumers(missing, self.ack_wait)).items():
-            self._on_consumer_made(consumer, made)
-        for app in set(self._heads) - set(heads):
-            self._forget_app(app)
-        for head in heads.values():
-            await self._take_head(head)
+    async def _read_deployed(self) -> None:
+        await self.deployed.read()
         self._feed_all()  # whatever may have been missed ends here
-
-    def _on_head(self, head: AppHead) -> None:
-        self.background.spawn(self._take_head(head))
-
-    def _on_unreadable(self, subject: str, error: Exception) -> None:
-        logger.error("%s was deployed by a mesh this one does not understand: %s", subject, error)
-
-    async def _take_head(self, head: AppHead) -> None:
-        """Make the pools what a deployment says."""
-        known = self._heads.get(head.app)
-        if known is not None and known.version >= head.version and self._has_pools(head):
-            return
-        if head.state is AppState.STOPPED and head.app.startswith("ap-"):
-            self._heads[head.app] = head
-            self._forget_app(head.app, "its app has ended")
-            return
-        names = set(head.functions)
-        names.update(key.function for key in self._pools if key.app == head.app)
-        if known is None:
-            names.update(await self.broker.registry.recorded(head.app))
-        records = await self.broker.registry.functions(head.app, names)
-        current = self._heads.get(head.app)
-        if current is not None and current.version > head.version:
-            return  # a newer one came while this one was read
-        self._heads[head.app] = head
-        for name, record in records.items():
-            self._set_pool(PoolKey(head.app, name), record)
-
-    def _has_pools(self, head: AppHead) -> bool:
-        return all(PoolKey(head.app, name) in self._pools for name in head.functions)
-
-    def _set_pool(self, key: PoolKey, record: FunctionRecord) -> None:
-        pool = self._pools.get(key)
-        unfit = placement.unfit(record, record.spec, self.offer)
-        if pool is None:
-            pool = self._pools[key] = Pool(self, key, record, unfit)
-            self._by_consumer[pool.consumer] = pool
-            logger.info("%s version %s%s", key.path, record.version[:12], f", not run here: {unfit}" if unfit else "")
-            pool.feed()
-        elif pool.record != record:
-            pool.update(record, unfit)
-            logger.info("%s %s", key.path, "is removed" if record.removed else f"is now version {record.version[:12]}")
-
-    def _forget_app(self, app: str, reason: str = "its app is gone") -> None:
-        for key in [key for key in self._pools if key.app == app]:
-            pool = self._pools.pop(key)
-            pool.close(reason)
-            # What is still on its way here is the closed pool's to settle.
-            asyncio.get_running_loop().call_later(2 * self.ack_wait, self._by_consumer.pop, pool.consumer, None)
-        if reason == "its app is gone":
-            self._heads.pop(app, None)
 
     async def _sweep_runs(self) -> None:
         """End apps of a single run whose client has gone."""
-        runs = [head for head in self._heads.values() if head.app.startswith("ap-")]
+        runs = self.deployed.runs
         if runs:
             await self.sweeper.runs(runs)
 
@@ -353,12 +284,12 @@ class Worker:
             self.background.spawn(self.puller.ask(consumer, count))
 
     def _on_lease(self, lease: Lease) -> None:
-        pool = self._by_consumer.get(lease.consumer)
+        pool = self.deployed.pool_of(lease.consumer)
         if pool is not None:
             pool.intake.on_lease(lease)
 
     def _on_void(self, consumer: str, why: str) -> None:
-        pool = self._by_consumer.get(consumer)
+        pool = self.deployed.pool_of(consumer)
         if pool is None or pool.closed or self.draining:
             return
         if why == "deleted":
@@ -366,11 +297,11 @@ class Worker:
         else:
             pool.feed()
 
-    def _on_consumer_made(self, consumer: str, made: float) -> None:
+    def on_consumer_made(self, consumer: str, made: float) -> None:
         """A consumer of a pool was made anew, and delivers everything as if for the first time: also what somebody
         holds, and what has ended but was acknowledged to nobody. So, as after a reconnect: nothing stored before is
         trusted, everything held is listed, and nothing is asked for until the others have listed theirs, too."""
-        pool = self._by_consumer.get(consumer)
+        pool = self.deployed.pool_of(consumer)
         if pool is None or pool.closed:
             return  # a new function
         self.examiner.on_consumer_remade(consumer, made)
@@ -410,7 +341,7 @@ class Worker:
             await self.watch.look(renewed)
 
     def _stop_input(self, held: Held, request: CancelRequest) -> None:
-        pool = self._by_consumer.get(held.lease.consumer)
+        pool = self.deployed.pool_of(held.lease.consumer)
         if pool is not None:
             pool.cancel(held, request)
 
@@ -441,7 +372,7 @@ class Worker:
         self.examiner.trust_from(await self.settler.insist(lambda: self.broker.workers.server_time(self.name)))
         await asyncio.sleep(max(0.0, self._pulling_from - time.monotonic()))
         self._feed_all()
-        await self.settler.insist(self._read_heads)
+        await self.settler.insist(self._read_deployed)
 
     def _feed_all(self) -> None:
         for pool in list(self._pools.values()):
@@ -490,7 +421,7 @@ class Worker:
         )
 
     def _troubles(self) -> dict[str, str]:
-        return {pool.key.path: pool.trouble for pool in self._pools.values() if pool.trouble}
+        return {str(pool.key): pool.trouble for pool in self._pools.values() if pool.trouble}
 
     async def _announce(self) -> None:
         """Say that this worker is alive, and what it does."""
@@ -510,7 +441,7 @@ class Worker:
                 used=used.containers,
                 draining=self.draining,
                 running=running,
-                functions={pool.key.path: len(pool.containers) for pool in pools if pool.containers},
+                functions={str(pool.key): len(pool.containers) for pool in pools if pool.containers},
                 unfit=troubles,
                 trouble=trouble and f"worker {self.name} begins nothing until the store takes results: {trouble}",
                 cpus=size.cpus,
@@ -552,7 +483,7 @@ class Worker:
         headers = {"Mesh-Stream": "stdout" if stream == 1 else "stderr", "Mesh-Container": container.name}
         self.background.spawn(self.broker.log(subject, text, headers))
         if self._show_output:
-            self._show_output(key.path, held.key if held else container.name, stream, text)
+            self._show_output(str(key), held.key if held else container.name, stream, text)
 
 
 def _offer(worker: str, settings: Settings) -> Offer:

@@ -257,7 +257,7 @@ async def everything(broker: Broker) -> dict[str, int]:
         ):
             info = await broker.connection.api(f"STREAM.INFO.{name}")
             counts[name] = info["state"]["messages"]
-    counts["consumers"] = len(await broker.registry.consumers())
+    counts["consumers"] = len(await broker.consumers.names())
     return counts
 
 

@@ -11,6 +11,7 @@ import pytest
 from mesh import FunctionCall
 from mesh.broker import Broker
 from mesh.exception import OutputExpiredError
+from mesh.protocol import PoolKey
 from tests.support import Mesh, alive, until
 
 JOBS = """
@@ -115,7 +116,7 @@ def test_a_function_whose_deliveries_are_used_up_starves_no_other(own_mesh: Call
     module = mesh.deploy(JOBS)
 
     async def allow_two(broker: Broker) -> None:
-        config = broker.topology.consumer_config("faults", "waits_for_its_next_try", "_", 15)
+        config = broker.topology.consumer_config(PoolKey("faults", "waits_for_its_next_try"), 15)
         request = {"stream_name": broker.topology.calls, "config": {**config, "max_ack_pending": 2}}
         await broker.connection.api(f"CONSUMER.CREATE.{broker.topology.calls}.{config['durable_name']}", request)
 

@@ -323,13 +323,13 @@ def test_a_server_that_goes_while_a_worker_starts_is_named(
 ) -> None:
     """Found by the chaos run, seed 12: it ended with a traceback, and left its connection open."""
     server = own_server()
-    read_heads = Worker._read_heads
+    read_heads = Worker._read_deployed
 
     async def server_goes_first(worker: Worker) -> None:
         server.kill()
         await read_heads(worker)
 
-    monkeypatch.setattr(Worker, "_read_heads", server_goes_first)
+    monkeypatch.setattr(Worker, "_read_deployed", server_goes_first)
     with new_mesh(server, tmp_path) as mesh:
         worker = Worker(mesh.settings)
         with pytest.raises(ConnectionError, match="starting the worker: "):

@@ -15,15 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top. A module imports what stands below it, or before it on its own level.
 LEVELS = [
-    "exception labels spec decorators config background scratch unbuilt",  # values, and what needs nothing of ours
-    "protocol frames records serialization bundle judge",  # bytes: what crosses the wire, and what is stored
+    "exception labels parameters spec decorators config background scratch unbuilt",  # values
+    "protocol variant frames records serialization bundle judge",  # bytes: what crosses the wire, and what is stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
     "map sdk functions queue report deploy app",  # what users hold
     "wire output usercode executor",  # containers, from inside
     "memory machine placement container execution capacity autoscaler codecache",  # and from outside
-    "examine sweep upkeep watch check intake pool",  # what a worker does, and `mesh check`
+    "examine sweep upkeep watch check intake pool deployed",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
     "cli __main__",
 ]

@@ -299,7 +299,7 @@ def test_a_try_counts_also_where_the_server_has_forgotten_its_delivery(own_mesh:
     call = module.works_at_third.spawn(str(ledger.path))
     until(lambda: call.status().attempts == 1, what="the first try is written down")
     first.kill()
-    mesh.ask(lambda broker: broker.registry.remove_consumer("forgotten+works_at_third+_"))
+    mesh.ask(lambda broker: broker.consumers.remove("forgotten+works_at_third+_"))
     mesh.start_worker()
     assert call.get(timeout=30) == 3
     assert [line.split()[0] for line in ledger.lines()] == ["1", "2", "3"]

@@ -338,6 +338,8 @@ def test_a_function_has_modals_defaults() -> None:
         "recycle_memory": None,
         "gpu": None,
         "labels": {},
+        "methods": None,
+        "parameters": None,
     }
 
 
@@ -409,7 +411,7 @@ def test_a_spec_is_written_down_as_what_differs_from_the_defaults() -> None:
 
 SPECS = st.builds(
     FunctionSpec,
-    name=st.from_regex(r"[A-Za-z0-9._-]{1,64}", fullmatch=True),
+    name=st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True),
     timeout=st.floats(1, DAY),
     startup_timeout=st.none() | st.floats(1, DAY),
     retries=st.none()

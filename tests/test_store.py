@@ -244,7 +244,7 @@ def test_the_server_is_away_while_calls_run(own_server: Callable[..., NatsServer
 
 
 async def remove_consumer(broker: Broker) -> None:
-    await broker.registry.remove_consumer(broker.topology.consumer("store", "work"))
+    await broker.consumers.remove("store+work+_")
 
 
 async def consumer(broker: Broker) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mesh.exception import InvalidError
-from mesh.protocol import Address
-from mesh.topology import SHARED_POOL, Config, Limits, MiB, Topology, differences
+from mesh.protocol import SHARED_POOL, Address, PoolKey
+from mesh.topology import Config, Limits, MiB, Topology, differences
 
 SECOND = 1_000_000_000
 CALL = "fc-01JXYZ0123ABCDEFGHT0KEN123"
@@ -138,10 +138,13 @@ def test_whatever_somebody_publishes_is_read_or_refused(tail: str) -> None:
 # --- consumers -------------------------------------------------------------------------------------------------------
 
 
-@given(st.tuples(NAMES, NAMES, POOLS), st.tuples(NAMES, NAMES, POOLS))
-def test_no_two_pools_share_a_consumer(one: tuple[str, str, str], other: tuple[str, str, str]) -> None:
-    assert (MAIN.consumer(*one) == MAIN.consumer(*other)) == (one == other)
-    assert MAIN.parse_consumer(MAIN.consumer(*one)) == one
+KEYS = st.builds(PoolKey, NAMES, NAMES.filter(lambda name: "." not in name), POOLS)
+
+
+@given(KEYS, KEYS)
+def test_no_two_pools_share_a_consumer(one: PoolKey, other: PoolKey) -> None:
+    assert (MAIN.consumer(one) == MAIN.consumer(other)) == (one == other)
+    assert MAIN.parse_consumer(MAIN.consumer(one)) == one
 
 
 @pytest.mark.parametrize(
@@ -149,18 +152,18 @@ def test_no_two_pools_share_a_consumer(one: tuple[str, str, str], other: tuple[s
     [(("a", "b.c"), ("a.b", "c")), (("a-b", "c"), ("a", "b-c")), (("a_", "b"), ("a", "_b")), (("A", "f"), ("a", "f"))],
 )
 def test_names_that_look_alike_have_consumers_of_their_own(one: tuple[str, str], other: tuple[str, str]) -> None:
-    assert MAIN.consumer(*one) != MAIN.consumer(*other)
+    assert MAIN.consumer(PoolKey(*one)) != MAIN.consumer(PoolKey(*other))
 
 
-@given(NAMES, NAMES, POOLS)
-def test_the_name_of_a_consumer_is_one_the_server_takes(app: str, function: str, pool: str) -> None:
-    assert re.fullmatch(r"[^\s.*>/\\]{1,255}", MAIN.consumer(app, function, pool))
+@given(KEYS)
+def test_the_name_of_a_consumer_is_one_the_server_takes(pool: PoolKey) -> None:
+    assert re.fullmatch(r"[^\s.*>/\\]{1,255}", MAIN.consumer(pool))
 
 
 def test_a_consumer_is_configured_so() -> None:
-    assert MAIN.consumer_config("my.shop", "Model.ask", SHARED_POOL, ack_wait=15.0) == {
-        "durable_name": "my=shop+Model=ask+_",
-        "filter_subject": "mesh.call.my=shop.Model=ask._.*.*",
+    assert MAIN.consumer_config(PoolKey("my.shop", "price"), ack_wait=15.0) == {
+        "durable_name": "my=shop+price+_",
+        "filter_subject": "mesh.call.my=shop.price._.*.*",
         "ack_policy": "explicit",
         "ack_wait": 15 * SECOND,
         "deliver_policy": "all",
@@ -168,17 +171,29 @@ def test_a_consumer_is_configured_so() -> None:
         "max_ack_pending": 1_000_000,
         "max_waiting": 4096,
         "num_replicas": 1,
-        "metadata": {"mesh.app": "my.shop", "mesh.function": "Model.ask", "mesh.pool": "_"},
+        "metadata": {"mesh.app": "my.shop", "mesh.function": "price", "mesh.pool": "_"},
     }
 
 
-@given(st.tuples(NAMES, NAMES, POOLS), st.tuples(NAMES, NAMES, POOLS))
-def test_an_input_reaches_the_consumer_of_its_pool_and_no_other(
-    ours: tuple[str, str, str], theirs: tuple[str, str, str]
-) -> None:
-    subject = MAIN.call_subject(Address(*ours, CALL, 0))
-    assert matches(MAIN.consumer_config(*ours, ack_wait=15)["filter_subject"], subject)
-    assert matches(MAIN.consumer_config(*theirs, ack_wait=15)["filter_subject"], subject) == (ours == theirs)
+def test_a_class_has_one_consumer_for_all_its_methods() -> None:
+    config = MAIN.consumer_config(PoolKey("my.shop", "Model", "0123456789"), ack_wait=15.0, methods=["tell", "ask"])
+    assert config["durable_name"] == "my=shop+Model+0123456789"
+    assert "filter_subject" not in config
+    filters = ["mesh.call.my=shop.Model=ask.0123456789.*.*", "mesh.call.my=shop.Model=tell.0123456789.*.*"]
+    assert config["filter_subjects"] == filters
+    assert MAIN.methods_in(filters) == {"ask", "tell"}
+
+
+@given(KEYS, KEYS, st.booleans())
+def test_an_input_reaches_the_consumer_of_its_pool_and_no_other(ours: PoolKey, theirs: PoolKey, is_class: bool) -> None:
+    called = f"{ours.function}.ask" if is_class else ours.function
+    assume(len(called) <= 64)
+    address = Address(ours.app, called, ours.pool, CALL, 0)
+    assert address.pool_key == ours
+    methods = ["ask", "tell"] if is_class else []
+    for pool in (ours, theirs):
+        filters = MAIN.filters(pool, methods)
+        assert any(matches(filter, MAIN.call_subject(address)) for filter in filters) == (ours == pool)
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------
@@ -195,6 +210,7 @@ STREAMS = [
     "MESH_DEAD",
     "MESH_LOGS",
     "KV_mesh_functions",
+    "KV_mesh_pools",
     "KV_mesh_code",
     "OBJ_mesh_code",
     "KV_mesh_attempts",
@@ -338,7 +354,7 @@ def test_sizes_and_copies_go_where_they_belong() -> None:
     assert [configs[name]["max_bytes"] for name in STREAMS[:4]] == [1, 2, 3, 4]
     assert {configs[name]["max_bytes"] for name in STREAMS[4:]} == {-1}
     assert {config["num_replicas"] for config in configs.values()} == {3}
-    assert MAIN.consumer_config("a", "f", "_", ack_wait=1, replicas=3)["num_replicas"] == 3
+    assert MAIN.consumer_config(PoolKey("a", "f"), ack_wait=1, replicas=3)["num_replicas"] == 3
 
 
 # --- comparing with what is there ------------------------------------------------------------------------------------

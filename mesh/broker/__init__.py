@@ -25,15 +25,17 @@ from mesh.broker.connection import (
     Unanswered,
     translated,
 )
+from mesh.broker.consumers import Consumers
 from mesh.broker.dead import Dead
 from mesh.broker.fleet import Attempts, Clients, Locks, Runs, Workers
 from mesh.broker.leases import Lease, Puller
+from mesh.broker.pools import Pools
 from mesh.broker.registry import Registry
 from mesh.broker.results import Results
 from mesh.config import Settings
 from mesh.exception import NotFoundError
-from mesh.protocol import new_client_token
-from mesh.topology import SHARED_POOL, Topology
+from mesh.protocol import PoolKey, new_client_token
+from mesh.topology import Topology
 
 __all__ = ["Broker", "Headers", "Lease", "NoResponders", "Puller", "StoreError", "Stored", "Unanswered", "translated"]
 
@@ -58,6 +60,8 @@ class Broker:
         self.cancels = Cancels(connection, topology)
         self.dead = Dead(connection, topology)
         self.registry = Registry(connection, topology)
+        self.pools = Pools(connection, topology)
+        self.consumers = Consumers(connection, topology)
         self.workers = Workers(connection, topology)
         self.runs = Runs(connection, topology)
         self.clients = Clients(connection, topology, self.token, self.client, settings.caller_silence)
@@ -102,11 +106,18 @@ class Broker:
     async def audit(self) -> list[Finding]:
         """What is not as the topology says, and as what is deployed wants it."""
         try:
-            pools = [(h.app, name, SHARED_POOL) for h in (await self.registry.heads()).values() for name in h.functions]
+            pools = await self.registry.methods(await self.wanted_pools())
             ack_wait = await self.ack_wait()
         except (NoResponders, StoreError, NotFoundError):  # one of their buckets is gone, which the audit says
-            pools, ack_wait = [], None
+            pools, ack_wait = {}, None
         return await audit(self.connection, self.topology, pools, ack_wait)
+
+    async def wanted_pools(self) -> set[PoolKey]:
+        """The pools there should be: the shared one of each live function, and those that callers asked for."""
+        heads = await self.registry.heads()
+        shared = {PoolKey(head.app, name) for head in heads.values() for name in head.functions}
+        own = {record.key for record in await self.pools.all()}
+        return shared | {key for key in own if PoolKey(key.app, key.function) in shared}
 
     async def levels(self) -> list[room.Level]:
         """How full the queue, the results and the account are."""

@@ -7,11 +7,13 @@ and a backup can only be restored where nothing stands. The rest is made again, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mesh.broker.connection import STREAM_NOT_FOUND, Connection, NoResponders, StoreError
+from mesh.broker.consumers import Consumers, filters_of
+from mesh.protocol import PoolKey
 from mesh.topology import Config, Limits, Topology, differences
 
 _OPERATORS = ("max_bytes", "max_age", "duplicate_window", "num_replicas")  # where set, an operator may set them anew
@@ -23,14 +25,14 @@ class Finding:
 
     Attributes:
         name: of the stream or consumer. text: what is wrong with it. advice: what to do.
-        is_missing: whether it is not there at all. pool: app, function and pool of a consumer that can be set right.
+        is_missing: whether it is not there at all. pool: that of a consumer that can be set right.
     """
 
     name: str
     text: str
     advice: str
     is_missing: bool = False
-    pool: tuple[str, str, str] | None = None
+    pool: PoolKey | None = None
 
     def __str__(self) -> str:
         return f"{self.name} {self.text}: {self.advice}"
@@ -42,12 +44,12 @@ def is_missing(error: Exception) -> bool:
 
 
 async def audit(
-    connection: Connection, topology: Topology, pools: Collection[tuple[str, str, str]], ack_wait: float | None
+    connection: Connection, topology: Topology, pools: Mapping[PoolKey, Collection[str]], ack_wait: float | None
 ) -> list[Finding]:
     """Compare everything that is there with the topology. One request a stream, and one for 256 consumers.
 
     Args:
-        pools: app, function and pool of the consumers that there should be. ack_wait: theirs; `None`: not known.
+        pools: those that should have consumers, with the methods of classes. ack_wait: theirs; `None`: not known.
 
     Raises:
         StoreError, Unanswered, NoResponders, PermissionDeniedError: it cannot be told.
@@ -56,10 +58,10 @@ async def audit(
     found = await asyncio.gather(*(_config(connection, config["name"]) for config in wanted))
     findings = [finding for pair in zip(wanted, found, strict=True) for finding in _of_stream(topology, *pair)]
     if topology.calls not in {finding.name for finding in findings if finding.is_missing}:
-        missing = {topology.consumer(*pool): pool for pool in pools}
-        async for consumer in _consumers(connection, topology):
+        missing = {topology.consumer(pool): pool for pool in pools}
+        async for consumer in Consumers(connection, topology).infos():
             missing.pop(consumer["name"], None)
-            findings += _of_consumer(topology, consumer, ack_wait)
+            findings += _of_consumer(topology, consumer, pools, ack_wait)
         advice = "a worker makes it again within a minute"
         findings += [Finding(name, "is gone", advice, is_missing=True, pool=pool) for name, pool in missing.items()]
     return findings
@@ -73,17 +75,6 @@ async def _config(connection: Connection, stream: str) -> Config | None:
             return None
         raise
     return config
-
-
-async def _consumers(connection: Connection, topology: Topology) -> AsyncIterator[Mapping[str, Any]]:
-    seen = 0
-    while True:
-        page = await connection.api(f"CONSUMER.LIST.{topology.calls}", {"offset": seen})
-        for consumer in page.get("consumers") or []:
-            seen += 1
-            yield consumer
-        if not page.get("consumers") or seen >= page["total"]:
-            return
 
 
 def _of_stream(topology: Topology, wanted: Config, found: Config | None) -> Iterator[Finding]:
@@ -101,14 +92,19 @@ def _of_stream(topology: Topology, wanted: Config, found: Config | None) -> Iter
             yield Finding(name, f"was changed: {setting} is {is_!r}, and should be {should!r}", advice)
 
 
-def _of_consumer(topology: Topology, info: Mapping[str, Any], ack_wait: float | None) -> Iterator[Finding]:
+def _of_consumer(
+    topology: Topology, info: Mapping[str, Any], pools: Mapping[PoolKey, Collection[str]], ack_wait: float | None
+) -> Iterator[Finding]:
     name, found = info["name"], info["config"]
     pool = topology.parse_consumer(name)
     if pool is None:
         advice = f"it keeps calls from the workers; remove it with `nats consumer rm {topology.calls} {name}`"
         yield Finding(name, f"is no consumer of mesh's on {topology.calls}", advice)
         return
-    wanted = topology.consumer_config(*pool, ack_wait or 0)
+    methods = set(pools.get(pool, ()))
+    if methods or pool not in pools:  # of a class, those that are gone are delivered too: somebody has to end them
+        methods |= topology.methods_in(filters_of(found))
+    wanted = topology.consumer_config(pool, ack_wait or 0, methods)
     unknown = (*_OPERATORS, *(() if ack_wait else ("ack_wait",)))
     changes = differences({key: value for key, value in wanted.items() if key not in unknown}, found)
     for setting, (is_, should) in changes.items():

@@ -18,7 +18,7 @@ from mesh.broker.connection import (
 )
 from mesh.broker.room import Room
 from mesh.exception import ConnectionError, InvalidError, RequestSizeError, VersionError
-from mesh.protocol import Address, Input, parse_time, token_of
+from mesh.protocol import Address, Input, PoolKey, parse_time, token_of
 from mesh.topology import Topology
 
 _ONE_TRY = 5.0  # seconds one publish waits for its answer before it is repeated
@@ -105,15 +105,22 @@ class Calls:
         """Up to `count` inputs of an app that have not ended, the oldest first."""
         return await self._connection.get_range(self._topology.calls, 1, count, self._topology.call_filter(app=app))
 
-    async def of_pool(self, app: str, function: str, pool: str, count: int = _LISTED) -> list[Stored]:
-        """The same, of one pool of one function."""
+    async def of_function(self, app: str, function: str, pool: str, count: int = _LISTED) -> list[Stored]:
+        """The same, of one pool of one function or method."""
         filter = self._topology.call_filter(app=app, function=function, pool=pool)
         return await self._connection.get_range(self._topology.calls, 1, count, filter)
 
-    async def pools(self) -> set[tuple[str, str, str]]:
-        """App, function and pool of everything that is queued. Reads every subject: not for everyday use."""
+    async def in_pool(self, pool: PoolKey, methods: Collection[str]) -> bool:
+        """Whether any input of a pool is queued, be it of a function or of a method of a class."""
+        for filter in self._topology.filters(pool, methods):
+            if await self._connection.get_range(self._topology.calls, 1, 1, filter):
+                return True
+        return False
+
+    async def called(self) -> set[tuple[str, str, str]]:
+        """App, function or method, and pool of everything queued. Reads every subject: not for everyday use."""
         subjects = await self._connection.subjects(self._topology.calls, self._topology.call_filter())
-        return {self._topology.parse_pool(subject) for subject in subjects}
+        return {self._topology.parse_called(subject) for subject in subjects}
 
     async def awaited_by(self, tokens: Collection[str]) -> dict[Address, float]:
         """Inputs that end with these clients, who wait for them, with the times they were stored, in seconds since

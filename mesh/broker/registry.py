@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,7 +12,6 @@ from nats.aio.msg import Msg
 from mesh.background import Background
 from mesh.broker.bucket import Bucket
 from mesh.broker.connection import (
-    CONSUMER_NOT_FOUND,
     WRONG_LAST_SEQUENCE,
     Connection,
     Headers,
@@ -22,7 +19,7 @@ from mesh.broker.connection import (
     translated,
 )
 from mesh.exception import ConflictError, Error, NotFoundError
-from mesh.protocol import escape, parse_time, unescape
+from mesh.protocol import PoolKey, escape, unescape
 from mesh.records import AppHead, FunctionRecord, verify
 from mesh.topology import Topology
 
@@ -92,6 +89,17 @@ class Registry:
         keys = await self._bucket.keys(f"{escape(app)}.*")
         return [unescape(key.partition(".")[2]) for key in keys]
 
+    async def methods(self, pools: Iterable[PoolKey]) -> dict[PoolKey, tuple[str, ...]]:
+        """Those of these pools whose function, or class, is recorded; with the methods of the class."""
+        found: dict[PoolKey, tuple[str, ...]] = {}
+        pools = set(pools)
+        for app in {pool.app for pool in pools}:
+            records = await self.functions(app, {pool.function for pool in pools if pool.app == app})
+            for pool in pools:
+                if pool.app == app and pool.function in records:
+                    found[pool] = tuple(records[pool.function].spec.methods or ())
+        return found
+
     async def head(self, app: str) -> tuple[AppHead | None, int]:
         """The newest deployment of an app, and its sequence (0 if there is none)."""
         found = await self._bucket.get(self._topology.head_key(app))
@@ -125,15 +133,6 @@ class Registry:
                 on_head(head)
 
         await self._connection.subscribe(self._topology.deployed_subject(), deliver)
-
-    async def watch_consumers(self, on_made: Callable[[str, float], None]) -> None:
-        """Be told the name of each consumer that is made, by whomever, and when, by the server's clock."""
-
-        async def deliver(message: Msg) -> None:
-            advisory = json.loads(message.data)
-            on_made(advisory["consumer"], parse_time(advisory["timestamp"]))
-
-        await self._connection.subscribe(f"$JS.EVENT.ADVISORY.CONSUMER.CREATED.{self._topology.calls}.*", deliver)
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -173,54 +172,6 @@ class Registry:
     async def forget(self, app: str, function: str) -> None:
         """Forget a function that was removed."""
         await self._bucket.purge(self._topology.function_key(app, function))
-
-    # --- consumers ---------------------------------------------------------------------------------------------------
-
-    async def consumers(self) -> set[str]:
-        """Names of the consumers that exist."""
-        names: set[str] = set()
-        while True:
-            page = await self._connection.api(f"CONSUMER.NAMES.{self._topology.calls}", {"offset": len(names)})
-            found = page.get("consumers") or []
-            names.update(found)
-            if not found or len(names) >= page["total"]:
-                return names
-
-    async def add_consumers(self, pools: Iterable[tuple[str, str, str]], ack_wait: float) -> dict[str, float]:
-        """Create the consumers of these pools (app, function, pool), or set right what was changed of them.
-
-        Returns when each was made, by the server's clock.
-        """
-        gate = asyncio.Semaphore(50)
-
-        async def add(app: str, function: str, pool: str) -> tuple[str, float]:
-            config = self._topology.consumer_config(app, function, pool, ack_wait)
-            name = f"CONSUMER.CREATE.{self._topology.calls}.{config['durable_name']}.{config['filter_subject']}"
-            async with gate:
-                info = await self._connection.api(name, {"stream_name": self._topology.calls, "config": config})
-            return config["durable_name"], parse_time(info["created"])
-
-        return dict(await asyncio.gather(*(add(*pool) for pool in pools)))
-
-    async def remove_consumer(self, name: str) -> None:
-        """Delete a consumer; what it has not delivered stays in the stream."""
-        try:
-            await self._connection.api(f"CONSUMER.DELETE.{self._topology.calls}.{name}")
-        except StoreError as error:
-            if error.code != CONSUMER_NOT_FOUND:
-                raise
-
-    async def queue_sizes(self) -> tuple[int, int]:
-        """Inputs in the queue, and inputs that consumers know of: waiting, running or delayed."""
-        info = await self._connection.api(f"STREAM.INFO.{self._topology.calls}")
-        known = listed = 0
-        while True:
-            page = await self._connection.api(f"CONSUMER.LIST.{self._topology.calls}", {"offset": listed})
-            consumers = page.get("consumers") or []
-            listed += len(consumers)
-            known += sum(consumer["num_pending"] + consumer["num_ack_pending"] for consumer in consumers)
-            if not consumers or listed >= page["total"]:
-                return int(info["state"]["messages"]), known
 
 
 class CodeStore:

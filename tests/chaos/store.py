@@ -63,7 +63,7 @@ async def read(broker: Broker) -> Contents:
                 deployed.add(f"{stream} {subject}")
             elif await _age(broker, stream, subject) > _LONGEST_LIFE:
                 overdue.append(f"{stream} {subject}")
-    deployed.update(f"consumer {name}" for name in await broker.registry.consumers())
+    deployed.update(f"consumer {name}" for name in await broker.consumers.names())
     results = await _results(broker)
     info = await connection.api(f"STREAM.INFO.{topology.bucket_stream('results')}")
     queued, unsettled = await queue(broker)
@@ -78,7 +78,7 @@ async def read(broker: Broker) -> Contents:
 async def queue(broker: Broker) -> tuple[tuple[str, ...], int]:
     """Ids of the inputs in the queue, and how many inputs consumers know of."""
     subjects = await broker.connection.subjects(broker.topology.calls, ">")
-    _, known = await broker.registry.queue_sizes()
+    _, known = await broker.consumers.queue_sizes()
     return tuple(subject.split(".")[-2] for subject in subjects), known
 
 
