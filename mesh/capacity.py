@@ -54,9 +54,20 @@ class Capacity:
 
     def make_room(self, pool: Pool) -> bool:
         """Whether `pool` may start a container now; idle ones of other pools end for it."""
+        ending = self._ending_for(pool)
+        for container in ending or ():
+            container.stop()
+        return ending is not None
+
+    def could_make_room(self, pool: Pool) -> bool:
+        """What `make_room` would say, without ending anything."""
+        return self._ending_for(pool) is not None
+
+    def _ending_for(self, pool: Pool) -> list[Container] | None:
+        """The idle containers that would have to end for another one of `pool`; `None` where that is not enough."""
         free = self.free
         if self._is_owed(pool, free):
-            return False
+            return None
         ending: list[Container] = []
         for container, size in self._spare(pool):
             if pool.size.fits(free):
@@ -64,11 +75,7 @@ class Capacity:
             if size.eases(pool.size, free):
                 ending.append(container)
                 free += size
-        if not pool.size.fits(free):
-            return False
-        for container in ending:
-            container.stop()
-        return True
+        return ending if pool.size.fits(free) else None
 
     def _spare(self, pool: Pool) -> list[tuple[Container, Size]]:
         """Containers that pools other than this one can do without, the longest idle first."""

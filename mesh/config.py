@@ -129,6 +129,9 @@ class Settings:
     caller_silence: float = _setting(
         60.0, _number(8, 3600), "seconds after which a silent client that waits in `remote` is dead; same everywhere"
     )
+    slot_ttl: int = _setting(
+        30, _count(2), "seconds until a dead worker's part of `max_containers` is free; same everywhere"
+    )
     sweep_interval: float = _setting(60.0, _number(0.1, 3600), "seconds between looks for calls nobody would run")
     max_age: float = _setting(MAX_RESULT_AGE, _number(1, 10 * 365 * 86_400), "seconds results are kept; used by init")
     ack_wait: float = _setting(15.0, _number(1, 300), "seconds until the calls of a dead worker move; used by init")

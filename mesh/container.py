@@ -10,6 +10,7 @@ import asyncio
 import codecs
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -38,6 +39,7 @@ _READS = 4  # reads of a pipe at once: as much as it holds, and a little; the lo
 _MAX_PRINTED = 1 << 20  # bytes that an input prints past Python, and are passed on
 _PRINTED_WINDOW = 60.0  # seconds after which a container that runs long may print as much again
 _LAST_WORDS = 1.0  # seconds to read what a container wrote before it ended
+_LAPSED = "its slot could not be kept"
 _KEPT_VARIABLES = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
     *("LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "PYTHONPATH", "VIRTUAL_ENV"),
@@ -58,20 +60,22 @@ class Exit:
         code: its exit status, or minus the signal that killed it. killed: by us, and why.
         peak: the most memory it used, in bytes.
         out_of_memory: who killed it for that, and at which limit; empty if it ended otherwise.
+        lapsed: killed at the moment until which it was to live: no fault of its own, nor of its inputs.
     """
 
     code: int
     killed: str
     peak: int
     out_of_memory: str = ""
+    lapsed: bool = False
 
     @property
     def text(self) -> str:
         """A few words for logs and errors."""
         if self.out_of_memory:
             return f"out of memory: {self.out_of_memory}, peak {self.peak / MIB:,.0f} MiB"
-        if self.killed:
-            return f"killed: {self.killed}"
+        if self.killed or self.lapsed:
+            return f"killed: {self.killed or _LAPSED}"
         if self.code < 0:
             return f"killed by signal {-self.code} ({_signal_name(-self.code)})"
         return f"exited with status {self.code}"
@@ -144,6 +148,8 @@ class Container:
         self._finished = asyncio.Event()
         self._said_all = asyncio.Event()
         self._killed = ""
+        self._until = math.inf
+        self._lapse: asyncio.TimerHandle | None = None
         self._exceeded = False
         self._start_failed = False
         self._timers: list[asyncio.TimerHandle] = []
@@ -316,6 +322,17 @@ class Container:
             self._killed = self._killed or reason
             self._kill_group()
 
+    def live_until(self, moment: float) -> None:
+        """Have it killed at this moment of the monotonic clock, unless told of a later one before: its `Exit` says that
+        it `lapsed`."""
+        self._until = moment
+        if self._lapse is not None:
+            self._lapse.cancel()
+        self._lapse = asyncio.get_running_loop().call_later(moment - time.monotonic(), self.kill, _LAPSED)
+
+    def _has_lapsed(self, code: int) -> bool:
+        return code == -signal.SIGKILL and self._killed in ("", _LAPSED) and time.monotonic() >= self._until
+
     def _on_memory_exceeded(self) -> None:
         self._exceeded = True
         self.kill("out of memory")
@@ -451,7 +468,9 @@ class Container:
         self._process.returncode = os.waitstatus_to_exitcode(status)
         self._kill_group()  # what it started ends with it
         peak = max(usage.ru_maxrss * 1024, self._watch.leave(self._process.pid))
-        exit = Exit(self._process.returncode, self._killed, peak, self._out_of_memory(self._process.returncode))
+        code = self._process.returncode
+        lapsed = self._has_lapsed(code)
+        exit = Exit(code, self._killed, peak, "" if lapsed else self._out_of_memory(code), lapsed)
         self._ending = self._loop.create_task(self._end(exit))
 
     def _out_of_memory(self, code: int) -> str:
@@ -472,7 +491,7 @@ class Container:
         for pipe in self._pipes:
             self._drain_pipe(pipe)
         self.exited = self.stopping = True
-        if not (self.ready or self._start_failed) and (exit.out_of_memory or not exit.killed):
+        if not (self.ready or self._start_failed) and (exit.out_of_memory or not (exit.killed or exit.lapsed)):
             kind = OutOfMemoryError if exit.out_of_memory else InternalFailure
             self._fail_start(failure(kind, f"its container {exit.text} while it started"))
         lost = self.assignments
@@ -484,7 +503,7 @@ class Container:
         self._finished.set()
 
     def _release(self) -> None:
-        for timer in self._timers:
+        for timer in (*self._timers, *([self._lapse] if self._lapse else [])):
             timer.cancel()
         for pipe in self._pipes:
             self._loop.remove_reader(pipe)

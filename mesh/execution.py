@@ -37,5 +37,7 @@ def of_loss(assignment: Assignment, exit: Exit) -> Execution:
     started = time.time() - (time.monotonic() - assignment.began)
     if assignment.stopped:
         return _stopped(assignment, started)
+    if exit.lapsed:
+        return Execution(kind=Kind.RETURNED, text=f"container {exit.text}", started=started)
     kind = Kind.OUT_OF_MEMORY if exit.out_of_memory else Kind.CRASHED
     return Execution(kind=kind, text=f"container {exit.text}", started=started)

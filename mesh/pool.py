@@ -60,6 +60,7 @@ class Pool:
         self.closed = False
         self._worker = worker
         self.intake = Intake(worker, self)
+        self.share = worker.slots.share(self)
         self._versions: dict[Container, str] = {}
         self._durations: deque[float] = deque(maxlen=_RECENT)
         self._median: float | None = None
@@ -93,7 +94,7 @@ class Pool:
     @property
     def starving_since(self) -> float | None:
         """Since when inputs wait here while no container takes any; `None` if that is not so."""
-        if not self.intake.waiting or self._taking or self.trouble or self.record.removed:
+        if not self.intake.waiting or self._taking or self.trouble or self.record.removed or not self.share.open:
             return None
         return self.intake.waiting[0].since
 
@@ -152,6 +153,7 @@ class Pool:
         """The app of a single run has ended: nothing of it runs on."""
         self.closed = True
         self._worker.puller.forget(self.consumer)
+        self._worker.slots.forget(self.share)
         while self.intake.waiting:
             self.settle(self.intake.waiting.popleft(), cancelled(reason))
         for container in self.containers:
@@ -203,10 +205,14 @@ class Pool:
     def _feed(self) -> None:
         self._feeding = False
         if self.closed or self._worker.draining or self._worker.settler.trouble:
+            self.share.tidy()
             return  # where the store takes nothing, what is held stays held, and nothing begins
         self._assign()
         serving = self.serving
         self._grow(serving)
+        self.share.tidy()
+        if not self.share.open:
+            self._pass_on()
         self._ask(serving)
 
     def _assign(self) -> None:
@@ -271,9 +277,17 @@ class Pool:
         waiting = len(self.intake.waiting) + behind + (0 if self._asked() else self.intake.pending)
         load = Load(waiting=waiting, running=sum(c.load > 0 for c in serving), duration=self._median)
         missing = containers_wanted(load, self.spec) - len(serving)
-        while missing > 0 and self._worker.capacity.make_room(self):
+        capacity = self._worker.capacity
+        while missing > 0 and capacity.could_make_room(self) and self.share.reserve() and capacity.make_room(self):
             self._start_container()
             missing -= 1
+
+    def _pass_on(self) -> None:
+        """Hand back what no container here is about to take: all slots are somewhere else, and perhaps idle there."""
+        starting = sum(not container.ready for container in self.serving)
+        while len(self.intake.waiting) > starting:
+            returned = Execution(kind=Kind.RETURNED, text="no slot of its function is free for another container here")
+            self.settle(self.intake.waiting.pop(), returned)
 
     def _asked(self) -> int:
         return self._worker.puller.outstanding(self.consumer)
@@ -286,9 +300,8 @@ class Pool:
             wanted = _REFUSED_BATCH
         else:
             wanted = sum(self._room(c) if c.ready else 1 for c in serving)
-            limit = self.spec.max_containers
-            below = (limit is None or len(serving) < limit) and not self._resting()
-            if below and (not self._taking or self._worker.capacity.has_room(self)):
+            may_grow = self.share.open and not self._resting()
+            if may_grow and (not self._taking or self._worker.capacity.has_room(self)):
                 wanted += 1
         missing = wanted - self._asked() - len(self.intake.waiting)
         if missing > 0 and (missing * 2 >= wanted or not self._asked()):
@@ -301,6 +314,7 @@ class Pool:
         container = Container(name, self, grace, self._worker.memory)
         self.containers.append(container)
         self._versions[container] = self.record.version
+        self.share.take(container)
         self._worker.background.spawn(self._start(container, self.record))
 
     async def _start(self, container: Container, record: FunctionRecord) -> None:
@@ -333,6 +347,7 @@ class Pool:
     def _drop(self, container: Container) -> None:
         self.containers.remove(container)
         del self._versions[container]
+        self.share.ended(container)
         self._worker.capacity.changed()
 
     def _start_failed(self, failed: Failure) -> None:

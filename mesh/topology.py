@@ -170,13 +170,18 @@ class Topology:
         """Where workers listen for cancels."""
         return f"{self.root}.cancel.{call}.{index}"
 
+    def freed_subject(self, pool: str) -> str:
+        """Where workers say that a slot of a capped pool is free again; `pool` as `pool_key` has it."""
+        return f"{self.root}.freed.{pool}"
+
     # --- keys --------------------------------------------------------------------------------------------------------
 
     def function_key(self, app: str, function: str) -> str:
         return f"{escape(app)}.{escape(function)}"
 
     def pool_key(self, pool: PoolKey) -> str:
-        return f"{escape(pool.app)}.{escape(pool.function)}.{pool.pool}"
+        """A pool in `mesh_pools`, and the start of its slots in `mesh_slots`."""
+        return f"{self.function_key(pool.app, pool.function)}.{pool.pool}"
 
     def head_key(self, app: str) -> str:
         return escape(app)

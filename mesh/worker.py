@@ -42,6 +42,7 @@ from mesh.protocol import CancelRequest, PoolKey
 from mesh.records import WorkerRecord
 from mesh.scratch import Scratch
 from mesh.settle import Held, Settler
+from mesh.slots import Slots
 from mesh.sweep import Sweeper
 from mesh.upkeep import Upkeep
 from mesh.watch import Watch
@@ -146,6 +147,7 @@ class Worker:
         self.code = CodeCache(self.broker, self.settings.cache_dir)
         self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, interval)
         self.watch = Watch(self.broker, self.name, self._held, self._stop_input)
+        self.slots = Slots(self.broker, self.name)
         self.puller = Puller(self.broker.connection, self.broker.topology, self._on_lease, self._on_void)
         events = self.broker.connection.events
         events.disconnected.append(self._on_disconnected)
@@ -156,6 +158,7 @@ class Worker:
             with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # not the main thread
                 loop.add_signal_handler(number, self.stop)
         await self.watch.start()
+        await self.slots.start()
         await self.puller.start()
         await self.deployed.watch()
         await self.broker.consumers.watch(self.on_consumer_made)
@@ -175,6 +178,7 @@ class Worker:
             self.background.spawn(self._regularly(_TICK, self._tick)),
             self.background.spawn(self._regularly(self.ack_wait / 12, self._renew_leases)),
             self.background.spawn(self._regularly(_REREAD, self._read_deployed)),
+            self.background.spawn(self._regularly(self.slots.look_every, self.slots.look)),
             self.background.spawn(self._regularly(_CLIENTS_SWEEP, self._sweep_runs)),
             self.background.spawn(self._regularly(_CLIENTS_SWEEP, self.watch.callers)),
             self.background.spawn(self._regularly(self.settings.sweep_interval, self.sweeper.sweep)),
@@ -217,6 +221,7 @@ class Worker:
         await self._wait_for_containers()
         await self._end_containers()
         await self._settle_all()
+        await self.slots.close()
         renewing.cancel()
         if self._presence:
             with contextlib.suppress(Exception):  # it lapses by itself
@@ -357,6 +362,7 @@ class Worker:
     def _on_reconnected(self) -> None:
         self._pulling_from = time.monotonic() + random.uniform(*_SETTLE_DOWN)
         self.examiner.on_reconnected()
+        self.slots.on_reconnected()
         self._resuming = self.background.spawn(self._resume())
 
     async def _resume(self) -> None:

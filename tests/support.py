@@ -126,6 +126,7 @@ class Mesh:
             "MESH_ENVIRONMENT": settings.environment,
             "MESH_ACK_WAIT": str(settings.ack_wait),
             "MESH_CALLER_SILENCE": str(settings.caller_silence),
+            "MESH_SLOT_TTL": str(settings.slot_ttl),
             "MESH_MAX_AGE": str(settings.max_age),
             "MESH_CACHE_DIR": str(self.directory / "cache"),
             "MESH_STATE_DIR": str(self.directory / "state"),

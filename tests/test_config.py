@@ -63,6 +63,7 @@ def test_without_any_source_the_defaults_hold(home: Home) -> None:
         "grace": 30.0,
         "cancel_grace": 30.0,
         "crash_budget": 3,
+        "slot_ttl": 30,
         "max_age": 7 * 86_400.0,
         "ack_wait": 15.0,
         "calls_size": 0,

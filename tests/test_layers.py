@@ -23,7 +23,7 @@ LEVELS = [
     "map sdk functions queue report deploy app",  # what users hold
     "wire output usercode executor",  # containers, from inside
     "memory machine placement container execution capacity autoscaler codecache",  # and from outside
-    "examine sweep upkeep watch check intake pool deployed",  # what a worker does, and `mesh check`
+    "examine sweep upkeep watch check slots intake pool deployed",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
     "cli __main__",
 ]

@@ -32,6 +32,7 @@ from mesh.broker.leases import Lease, Puller
 from mesh.broker.pools import Pools
 from mesh.broker.registry import Registry
 from mesh.broker.results import Results
+from mesh.broker.slots import Slots
 from mesh.config import Settings
 from mesh.exception import NotFoundError
 from mesh.protocol import PoolKey, new_client_token
@@ -67,6 +68,7 @@ class Broker:
         self.clients = Clients(connection, topology, self.token, self.client, settings.caller_silence)
         self.attempts = Attempts(connection, topology)
         self.locks = Locks(connection, topology)
+        self.slots = Slots(connection, topology, settings.slot_ttl)
 
     @classmethod
     async def open(cls, settings: Settings, *, role: str = "client") -> Self:

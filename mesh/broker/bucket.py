@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mesh.broker.connection import WRONG_LAST_SEQUENCE, Connection, Headers, Stored, StoreError
+from mesh.broker.connection import REQUEST_TIMEOUT, WRONG_LAST_SEQUENCE, Connection, Headers, Stored, StoreError
 from mesh.topology import Topology
 
 
@@ -46,11 +46,20 @@ class Bucket:
         return int((await self._connection.store(self.subject(key), body, _headers(None, ttl)))["seq"])
 
     async def write(
-        self, key: str, body: bytes, *, last: int, ttl: float | None = None, headers: Headers | None = None
+        self,
+        key: str,
+        body: bytes,
+        *,
+        last: int,
+        ttl: float | None = None,
+        headers: Headers | None = None,
+        timeout: float = REQUEST_TIMEOUT,
     ) -> int | None:
         """Write if the key's newest sequence is `last` (0: there is none). Returns the new one; `None` if it is not."""
         try:
-            ack = await self._connection.store(self.subject(key), body, {**(headers or {}), **_headers(last, ttl)})
+            ack = await self._connection.store(
+                self.subject(key), body, {**(headers or {}), **_headers(last, ttl)}, timeout=timeout
+            )
         except StoreError as error:
             if error.code == WRONG_LAST_SEQUENCE:
                 return None

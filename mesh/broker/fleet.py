@@ -190,7 +190,8 @@ class Attempts:
 
 
 class Locks:
-    """Short claims that one worker of the fleet holds, such as the minute's sweep."""
+    """Short claims that one worker of the fleet holds, such as the minute's sweep. Names without a dot: slots have
+    three, in the same bucket."""
 
     def __init__(self, connection: Connection, topology: Topology) -> None:
         self._bucket = Bucket(connection, topology, "slots")
