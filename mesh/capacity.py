@@ -19,7 +19,7 @@ class Capacity:
     """The room that the pools of one worker share.
 
     Args:
-        total: what there is. pools: all of them, as they come and go.
+        total: what there is. pools: those that have containers or inputs, as they come and go.
     """
 
     def __init__(self, total: Size, pools: Collection[Pool]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from mesh import execution, placement, report
 from mesh.autoscaler import Load, containers_wanted
+from mesh.broker.leases import BUSY, IDLE
 from mesh.container import Assignment, Container, Exit
 from mesh.exception import Error, InvalidError
 from mesh.frames import Outcome, Start, Work
@@ -88,6 +89,11 @@ class Pool:
         return any(not c.waiting for c in self.serving)
 
     @property
+    def is_awake(self) -> bool:
+        """Whether it has containers, or inputs that wait for one."""
+        return bool(self.containers or self.intake.waiting)
+
+    @property
     def running(self) -> int:
         return sum(c.load for c in self.containers)
 
@@ -101,7 +107,9 @@ class Pool:
     @property
     def trouble(self) -> str:
         """Why inputs of this function are not run here; empty where they are."""
-        return self.unfit or (f"its code does not start: {self.start_error}" if self.is_stuck() else "")
+        return self.unfit or (
+            f"its code does not start: {self.start_error}" if self.start_error and self.is_stuck() else ""
+        )
 
     def _resting(self) -> bool:
         """Whether it is too early to start another container, after one that did not start."""
@@ -204,6 +212,8 @@ class Pool:
 
     def _feed(self) -> None:
         self._feeding = False
+        if self.is_awake:
+            self._worker.awake[self.key] = self
         if self.closed or self._worker.draining or self._worker.settler.trouble:
             self.share.tidy()
             return  # where the store takes nothing, what is held stays held, and nothing begins
@@ -305,7 +315,7 @@ class Pool:
                 wanted += 1
         missing = wanted - self._asked() - len(self.intake.waiting)
         if missing > 0 and (missing * 2 >= wanted or not self._asked()):
-            self._worker.ask(self.consumer, missing)
+            self._worker.ask(self.consumer, missing, BUSY if self.is_awake else IDLE)
 
     # --- containers --------------------------------------------------------------------------------------------------
 
@@ -313,6 +323,7 @@ class Pool:
         name, grace = self._worker.new_container_name(), self._worker.settings.cancel_grace
         container = Container(name, self, grace, self._worker.memory)
         self.containers.append(container)
+        self._worker.awake[self.key] = self
         self._versions[container] = self.record.version
         self.share.take(container)
         self._worker.background.spawn(self._start(container, self.record))

@@ -27,6 +27,7 @@ from mesh import machine
 from mesh.background import Background
 from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered, translated
 from mesh.broker.fleet import RENEW_WORKER
+from mesh.broker.leases import Pace
 from mesh.capacity import Capacity
 from mesh.codecache import CodeCache
 from mesh.config import Settings
@@ -89,7 +90,8 @@ class Worker:
         self.offer = _offer(self.name, settings)
         self.deployed = Deployed(self)
         self._pools = self.deployed.pools
-        self.capacity = Capacity(self.offer.size, self._pools.values())
+        self.awake: dict[PoolKey, Pool] = {}  # those with containers or inputs: most of many functions sleep
+        self.capacity = Capacity(self.offer.size, self.awake.values())
         self._held: dict[str, Held] = {}
         self._seq = itertools.count(1)
         self._container_numbers = itertools.count(1)
@@ -281,12 +283,12 @@ class Worker:
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
-    def ask(self, consumer: str, count: int) -> None:
+    def ask(self, consumer: str, count: int, pace: Pace) -> None:
         """Pull, unless it is too early after a reconnect, or the consumer is gone."""
         too_early = time.monotonic() < max(self._pulling_from, self._pulling_again.get(consumer, 0.0))
         if self.broker.connection.is_up and not too_early and not self.upkeep.is_lost(consumer):
-            self.puller.reserve(consumer, count)
-            self.background.spawn(self.puller.ask(consumer, count))
+            self.puller.reserve(consumer, count, pace)
+            self.background.spawn(self.puller.ask(consumer, count, pace))
 
     def _on_lease(self, lease: Lease) -> None:
         pool = self.deployed.pool_of(lease.consumer)
@@ -388,9 +390,11 @@ class Worker:
 
     async def _tick(self) -> None:
         self.puller.check()
-        for pool in list(self._pools.values()):
+        for key, pool in list(self.awake.items()):
             pool.free_hostages()
             pool.retire_idle()
+            if not pool.is_awake:
+                del self.awake[key]
         self.capacity.make_way()
         await self._pass_on()
         news = (self._long_running(), self._troubles(), bool(self.settler.trouble))
@@ -420,7 +424,7 @@ class Worker:
             return tuple(held.key for held in self._held.values() if held.lease.address is not None)
         return tuple(
             assignment.owner.key
-            for pool in self._pools.values()
+            for pool in self.awake.values()
             for container in pool.containers
             for assignment in container.assignments[:1]
             if assignment.began and time.monotonic() - assignment.began > _SEEN_AFTER
@@ -433,7 +437,6 @@ class Worker:
         """Say that this worker is alive, and what it does."""
         running, troubles, trouble = self._long_running(), self._troubles(), self.settler.trouble
         self._announcement, self._announced = (running, troubles, bool(trouble)), time.monotonic()
-        pools = self._pools.values()
         size, used = self.offer.size, self.capacity.used
         self._presence = await self.broker.workers.announce(
             WorkerRecord(
@@ -447,7 +450,7 @@ class Worker:
                 used=used.containers,
                 draining=self.draining,
                 running=running,
-                functions={str(pool.key): len(pool.containers) for pool in pools if pool.containers},
+                functions={str(pool.key): len(pool.containers) for pool in self.awake.values() if pool.containers},
                 unfit=troubles,
                 trouble=trouble and f"worker {self.name} begins nothing until the store takes results: {trouble}",
                 cpus=size.cpus,

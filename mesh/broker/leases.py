@@ -24,10 +24,27 @@ from mesh.topology import Topology
 
 logger = logging.getLogger("mesh.broker")
 
-EXPIRES = 60.0  # seconds a pull request stays with the server
-HEARTBEAT = 10.0  # seconds between the server's signs of life while it has nothing to deliver
 _NEXT = "$JS.API.CONSUMER.MSG.NEXT."
-_DEAF = 2.5 * HEARTBEAT  # seconds without any sign after which what was asked for is taken as lost
+_DEAF = 2.5  # heartbeats that fail to come after which what was asked for is taken as lost
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a pull request waits.
+
+    Attributes:
+        expires: seconds it stays with the server.
+        heartbeat: seconds between the server's signs of life while it has nothing to deliver.
+    """
+
+    expires: float
+    heartbeat: float
+
+
+BUSY = Pace(60.0, 10.0)
+# Of a pool without containers, most of them on a worker with many functions: a lost request is noticed later, and the
+# server says a third as much of having nothing.
+IDLE = Pace(300.0, 30.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +106,7 @@ class _Demand:
     outstanding: int = 0
     heard: float = 0.0
     asked: float = 0.0
+    pace: Pace = BUSY
 
 
 class Puller:
@@ -135,18 +153,19 @@ class Puller:
         demand = self._demands.get(consumer)
         return demand.outstanding if demand else 0
 
-    def reserve(self, consumer: str, count: int) -> None:
-        """Count inputs as asked for; `ask` follows."""
-        now = time.monotonic()
+    def reserve(self, consumer: str, count: int, pace: Pace = BUSY) -> None:
+        """Count inputs as asked for; `ask` follows, at the same pace."""
         demand = self._demands.setdefault(consumer, _Demand())
+        if not demand.outstanding or pace.heartbeat > demand.pace.heartbeat:
+            demand.pace = pace  # the slowest of several requests is what silence is measured by
         demand.outstanding += count
-        demand.asked = now
+        demand.asked = time.monotonic()
 
-    async def ask(self, consumer: str, count: int) -> None:
+    async def ask(self, consumer: str, count: int, pace: Pace = BUSY) -> None:
         """Ask a consumer for `count` inputs more, which were reserved."""
         if self._subscription is None or not self._connection.is_up:
             return
-        query = {"batch": count, "expires": int(EXPIRES * 1e9), "idle_heartbeat": int(HEARTBEAT * 1e9)}
+        query = {"batch": count, "expires": int(pace.expires * 1e9), "idle_heartbeat": int(pace.heartbeat * 1e9)}
         await self._connection.publish(
             f"{_NEXT}{self._topology.calls}.{consumer}",
             json.dumps(query).encode(),
@@ -170,8 +189,9 @@ class Puller:
         """Take back what was asked of consumers that have gone silent: the request was lost on the way."""
         now = time.monotonic()
         for consumer, demand in list(self._demands.items()):
-            if demand.outstanding and now - max(demand.heard, demand.asked) > _DEAF:
-                logger.warning("%s: no sign of the consumer for %.0f s, asking again", consumer, now - demand.heard)
+            silent = now - max(demand.heard, demand.asked)
+            if demand.outstanding and silent > _DEAF * demand.pace.heartbeat:
+                logger.warning("%s: no sign of the consumer for %.0f s, asking again", consumer, silent)
                 demand.outstanding = 0
                 self._on_void(consumer, "silent")
 
