@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import getpass
 import hashlib
 import importlib
@@ -144,12 +145,25 @@ def _source(entries: Mapping[str, Path | None]) -> Source:
 
 def _package_versions(imported: set[str]) -> dict[str, str]:
     """Versions of the installed packages that modules of these names belong to."""
-    owners = importlib.metadata.packages_distributions()
+    owners = _owners(tuple(_changed(Path(place)) for place in sys.path))
     versions = {}
     for package in sorted({owner for name in imported for owner in owners.get(name, ())}):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
+
+
+@functools.lru_cache(maxsize=1)
+def _owners(places: tuple[float, ...]) -> Mapping[str, list[str]]:
+    """The packages that have a module of a name. Reads all that is installed, so once until a place has changed."""
+    return importlib.metadata.packages_distributions()
+
+
+def _changed(place: Path) -> float:
+    try:
+        return place.stat().st_mtime
+    except OSError:  # a zip, or nothing
+        return 0.0
 
 
 def describe(definition: Definition, source: Source, app: str) -> tuple[FunctionRecord, bytes]:
@@ -203,6 +217,7 @@ def _code(definition: Definition, source: Source) -> tuple[Code, str]:
     return Code(pickled=pickled, name=name, python=python), hashlib.sha256(pickled).hexdigest()
 
 
+@functools.cache
 def _who() -> str:
     with contextlib.suppress(Exception):  # no such user in a container
         return f"{getpass.getuser()}@{socket.gethostname()}"
@@ -275,7 +290,8 @@ async def deploy(
         if len(records) + len(removals) > MAX_FUNCTIONS:
             raise InvalidError(f"app {name!r} has {len(records)} functions; {MAX_FUNCTIONS} is the most one may have")
         await _ship_code(broker, app, source, [large for _, large in described if large])
-        await broker.consumers.add(await _pools(broker, app, records), await broker.ack_wait())
+        new = await _without_consumer(broker, previous, records)
+        await broker.consumers.add(await _pools(broker, app, new), await broker.ack_wait())
         head = AppHead(
             app=app,
             name=name,
@@ -291,6 +307,16 @@ async def deploy(
         )
         await broker.registry.publish(head, [*records, *removals], sequence)
     return Deployment(head, records, True, gone)
+
+
+async def _without_consumer(
+    broker: Broker, previous: AppHead | None, records: Sequence[FunctionRecord]
+) -> list[FunctionRecord]:
+    """Those that may need a consumer, which takes the server milliseconds: functions that are new, and all classes.
+    That of a function which was there before is there, or made again by workers."""
+    had = await broker.registry.functions(previous.app, previous.functions) if previous else {}
+    plain = {name for name, record in had.items() if not record.spec.methods}
+    return [record for record in records if record.spec.methods or record.spec.name not in plain]
 
 
 async def _pools(broker: Broker, app: str, records: Sequence[FunctionRecord]) -> dict[PoolKey, Sequence[str]]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from mesh import Function, FunctionCall
 from mesh.broker import Broker
@@ -63,6 +65,33 @@ def test_an_unchanged_deploy_is_no_new_version(own_mesh: Callable[..., Mesh]) ->
     assert "unchanged has not changed: version 1 stays" in again
     path.write_text(path.read_text().replace("return 1", "return 2"))
     assert "deployed as version 2" in mesh.cli("deploy", str(path)).stderr
+
+
+def test_a_redeploy_makes_consumers_of_new_functions_only(own_mesh: Callable[..., Mesh]) -> None:
+    """One takes the server milliseconds; an app may have hundreds."""
+    mesh = own_mesh()
+    module = mesh.deploy(VERSION.format(name="again", version=1, extra="first"))
+    made: list[str] = []
+
+    async def listen(broker: Broker) -> Subscription:
+        async def note(message: Msg) -> None:
+            made.append(message.subject.split(".")[5])
+
+        start = f"$JS.API.CONSUMER.CREATE.{broker.topology.calls}.>"
+        return await broker.connection.subscribe(start, note)
+
+    async def settle(broker: Broker) -> None:
+        """Everything published so far has come to whoever listens, too."""
+        await broker.connection.flush()
+
+    subscription = mesh.ask(listen)
+    module = mesh.redeploy(module, VERSION.format(name="again", version=2, extra="second"))
+    mesh.ask(settle)
+    assert made == ["again+second+_"]
+    mesh.ask(lambda broker: subscription.unsubscribe())
+    mesh.start_worker()
+    assert module.work.remote(str(mesh.ledger().path)) == 2
+    assert module.second.remote() == 2
 
 
 def test_calls_of_a_removed_function_fail_with_the_reason(own_mesh: Callable[..., Mesh]) -> None:
