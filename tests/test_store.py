@@ -451,7 +451,7 @@ def test_workers_are_listed(own_mesh: Callable[..., Mesh]) -> None:
     cells = line.split("\t")
     assert cells[0] == record["worker"]
     assert cells[2:5] == [str(worker.pid), record["python"], "1/3"]
-    assert cells[6:9] == ["", f"{call.object_id}.0", "store.work"]
+    assert cells[9:12] == ["", f"{call.object_id}.0", "store.work"]
     worker.process.terminate()
     until(lambda: "draining" in mesh.cli("worker", "list").stdout)
 
