@@ -202,12 +202,12 @@ class Outputs(Generic[R]):
         self._begun = False
 
     def __iter__(self) -> Generator[R]:
+        self._begun = True
         if _in_running_loop():
             raise ExecutionError(
                 f"`for … in .{self._method}(…)` would stop the event loop that runs here: use "
                 f"`async for … in .{self._method}.aio(…)`"
             )
-        self._begun = True
         return _bridge.iterate(self._batches)
 
     def __aiter__(self) -> AsyncGenerator[R, None]:

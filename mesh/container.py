@@ -26,7 +26,22 @@ from typing import Any, Protocol
 
 from mesh import frames
 from mesh.exception import FunctionTimeoutError, InternalFailure, OutOfMemoryError
-from mesh.frames import Cancel, Drop, Dropped, Frame, Log, Outcome, Ready, Start, StartFailed, Stop, Waiting, Work
+from mesh.frames import (
+    Cancel,
+    Chunk,
+    Credit,
+    Drop,
+    Dropped,
+    Frame,
+    Log,
+    Outcome,
+    Ready,
+    Start,
+    StartFailed,
+    Stop,
+    Waiting,
+    Work,
+)
 from mesh.memory import MIB, MemoryWatch
 from mesh.protocol import Failure, failure
 
@@ -88,11 +103,20 @@ def _signal_name(number: int) -> str:
         return "unknown"
 
 
+class Flow(Protocol):
+    """Where what a generator yields goes."""
+
+    def begin(self) -> None: ...
+    def send(self, chunk: bytes) -> None: ...
+    def end(self) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Assignment:
     """An input given to a container. `owner` is whatever the pool knows it by.
 
     Attributes:
+        flow: where its items go, if it is a generator's.
         began: monotonic time at which it began to run; 0 while it waits behind another one.
         stopped: why it was cancelled, if it was. dropping: it was asked for back.
     """
@@ -100,6 +124,7 @@ class Assignment:
     work: Work
     owner: Any
     timeout: float
+    flow: Flow | None = None
     began: float = 0.0
     stopped: str = ""
     dropping: bool = False
@@ -250,6 +275,8 @@ class Container:
 
     def _begin(self, assignment: Assignment) -> None:
         assignment.began = time.monotonic()
+        if assignment.flow is not None:
+            assignment.flow.begin()
         assignment.timers.append(self._loop.call_later(assignment.timeout, self._check_time, assignment))
 
     def _check_time(self, assignment: Assignment) -> None:
@@ -278,6 +305,11 @@ class Container:
                 self._cancel_grace, self.kill, f"it went on for {self._cancel_grace:g} s after {reason}"
             ),
         ]
+
+    def grant(self, seq: int, number: int) -> None:
+        """Let a generator send its chunks up to this one."""
+        if seq in self._assignments and not self.exited:
+            self._send(Credit(seq, number))
 
     def take_back(self) -> None:
         """Ask for every input that has not begun; `on_dropped` brings those it gives up."""
@@ -366,6 +398,8 @@ class Container:
             case Log():
                 assignment = self._assignments.get(frame.seq)
                 self._listener.on_output(self, assignment, frame.stream, frame.text)
+            case Chunk():
+                self._on_chunk(frame)
             case Ready():
                 self.ready = True
                 self.idle_since = time.monotonic()
@@ -377,6 +411,11 @@ class Container:
                 self._listener.on_waiting(self)
             case _:
                 self.kill("it sent a frame that only a worker sends")
+
+    def _on_chunk(self, chunk: Chunk) -> None:
+        assignment = self._assignments.get(chunk.seq)
+        if assignment is not None and assignment.flow is not None:
+            assignment.flow.send(chunk.body)
 
     def _on_outcome(self, outcome: Outcome) -> None:
         assignment = self._assignments.get(outcome.seq)
@@ -403,6 +442,8 @@ class Container:
     def _finish(assignment: Assignment) -> None:
         for timer in assignment.timers:
             timer.cancel()
+        if assignment.flow is not None:
+            assignment.flow.end()
 
     def _on_control(self) -> None:
         try:

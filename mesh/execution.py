@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 
 from mesh.container import Assignment, Exit
+from mesh.exception import InternalFailure, OutOfMemoryError
 from mesh.frames import Outcome
 from mesh.judge import Execution, Kind, cancelled
-from mesh.protocol import Failure, Format, State
+from mesh.protocol import Failure, Format, State, failure
 
 TIMEOUT = "its timeout"
 ABANDONED = "abandoned"  # the worker stops: the input goes back
+HALF_WAY = "the generator ended half-way, and is not begun again, since some of its items may have been taken: {}"
 
 
 def of_outcome(assignment: Assignment, outcome: Outcome) -> Execution:
@@ -28,6 +30,8 @@ def _stopped(assignment: Assignment, started: float) -> Execution:
     if assignment.stopped == TIMEOUT:
         return Execution(kind=Kind.TIMED_OUT, started=started)
     if assignment.stopped == ABANDONED:
+        if assignment.work.generator:
+            return _half_way(InternalFailure, "its worker stopped", started)
         return Execution(kind=Kind.RETURNED, text="the worker is stopping")
     return cancelled(assignment.stopped, started)
 
@@ -37,7 +41,15 @@ def of_loss(assignment: Assignment, exit: Exit) -> Execution:
     started = time.time() - (time.monotonic() - assignment.began)
     if assignment.stopped:
         return _stopped(assignment, started)
+    if assignment.work.generator:
+        kind_of_error = OutOfMemoryError if exit.out_of_memory else InternalFailure
+        return _half_way(kind_of_error, f"container {exit.text}", started)
     if exit.lapsed:
         return Execution(kind=Kind.RETURNED, text=f"container {exit.text}", started=started)
     kind = Kind.OUT_OF_MEMORY if exit.out_of_memory else Kind.CRASHED
     return Execution(kind=kind, text=f"container {exit.text}", started=started)
+
+
+def _half_way(error: type[InternalFailure], text: str, started: float) -> Execution:
+    """The end of a generator whose container is lost: not another try, as for other inputs."""
+    return Execution(kind=Kind.FAILED, failure=failure(error, HALF_WAY.format(text)), started=started)

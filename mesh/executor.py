@@ -20,6 +20,7 @@ import random
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from mesh import context, frames, serialization
 from mesh.context import Running
 from mesh.exception import InvalidError, RequestSizeError
 from mesh.frames import Outcome, Ready, Start, StartFailed, Stop, Waiting, Work
+from mesh.generating import Generators
 from mesh.output import Output, replace_output
 from mesh.protocol import Failure, Format, State
 from mesh.usercode import UserCode, is_ours, load, start_failure
@@ -48,6 +50,7 @@ class Executor:
         self._start = start
         self._outputs = outputs
         self._cancels = Cancels(wire)
+        self._generators = Generators(wire, self._cancels)
         self._code = UserCode(functions={})
 
     def prepare(self) -> bool:
@@ -71,7 +74,7 @@ class Executor:
 
     def serve(self) -> None:
         """Run inputs until the worker says stop, or is gone."""
-        if any(inspect.iscoroutinefunction(function) for function in self._code.functions.values()):
+        if any(_is_async(function) for function in self._code.functions.values()):
             asyncio.run(self._serve_async())
             return
         while isinstance(work := self._wire.receive(), Work):
@@ -88,7 +91,8 @@ class Executor:
             try:
                 if self._begin(work.seq):
                     args, kwargs = serialization.decode_arguments(Format(work.format), work.body)
-                    outcome = self._succeeded(work, self._code.function(work.method)(*args, **kwargs))
+                    value = self._code.function(work.method)(*args, **kwargs)
+                    outcome = self._succeeded(work, self._generators.send(work, value) if work.generator else value)
                 else:
                     outcome = self._off(work.seq)
             finally:
@@ -130,7 +134,11 @@ class Executor:
             try:
                 if self._begin(work.seq):
                     args, kwargs = serialization.decode_arguments(Format(work.format), work.body)
-                    outcome = self._succeeded(work, await self._code.function(work.method)(*args, **kwargs))
+                    value = self._code.function(work.method)(*args, **kwargs)
+                    value = await value if inspect.isawaitable(value) else value
+                    if work.generator:
+                        value = await self._generators.send_from_loop(work, value)
+                    outcome = self._succeeded(work, value)
                 else:
                     outcome = self._off(work.seq)
             finally:
@@ -194,6 +202,10 @@ class Executor:
         self._cancels.forget(work.seq)
         self._cancels.stay_installed()
         return outcome
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _running(work: Work) -> Running:

@@ -58,6 +58,15 @@ class Work:
     body: bytes
     keep_result: bool
     method: str  # of a class; empty for a function
+    generator: bool = False  # its items go out as chunks, and their count is its value
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The reader of a generator allows chunks up to this one."""
+
+    seq: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,14 @@ class Outcome:
     seq: int
     state: str
     format: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next bytes of the flow that a generator yields."""
+
+    seq: int
     body: bytes
 
 
@@ -132,7 +149,7 @@ class Dropped:
     given_back: bool
 
 
-Frame = Start | Work | Stop | Ready | StartFailed | Outcome | Log | Waiting | Cancel | Drop | Dropped
+Frame = Start | Work | Stop | Ready | StartFailed | Outcome | Log | Waiting | Cancel | Drop | Dropped | Chunk | Credit
 
 _KINDS: tuple[type[Any], ...] = (
     Start,
@@ -146,6 +163,8 @@ _KINDS: tuple[type[Any], ...] = (
     Cancel,
     Drop,
     Dropped,
+    Chunk,
+    Credit,
 )
 
 

@@ -11,9 +11,10 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from mesh import execution
 from mesh.broker import Lease
 from mesh.examine import Finding
-from mesh.exception import NotFoundError
+from mesh.exception import InternalFailure, NotFoundError
 from mesh.judge import Execution, Kind, cancelled
 from mesh.protocol import failure
 from mesh.settle import Held
@@ -57,7 +58,7 @@ class Intake:
         elif self._worker.examiner.needed(lease):
             self._worker.examiner.examine(held, self._on_examined)
         else:
-            held.marked = True
+            held.marked = not held.generates
             self._accept(held)
 
     async def _quarantine(self, held: Held) -> None:
@@ -76,7 +77,10 @@ class Intake:
         elif finding is Finding.ELSEWHERE:
             later = Execution(kind=Kind.RETURNED, text="another worker holds it", delay=self._worker.ack_wait)
             self._pool.settle(held, later)
-        elif len(held.log.crashes(held.number)) >= self._worker.settings.crash_budget:
+        elif held.generates and (lost := held.log.begun) is not None:
+            gone = failure(InternalFailure, execution.HALF_WAY.format(f"worker {lost.worker} lost"))
+            self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=gone))
+        elif not held.generates and len(held.log.crashes(held.number)) >= self._worker.settings.crash_budget:
             self._pool.settle(held, Execution(kind=Kind.CRASHED))
         else:
             self._accept(held)
@@ -120,7 +124,7 @@ class Intake:
                 self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=gone))
 
     async def mark(self, held: Held) -> None:
-        """Write down that an input begins, which was delivered before; then it may."""
+        """Write down that an input begins, which was delivered before or is a generator's; then it may."""
         await self._worker.settler.mark_begun(held, self._worker.name)
         held.marked = True
         self._accept(held)

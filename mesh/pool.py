@@ -7,6 +7,7 @@ to call. Nothing here waits; what needs the store runs in the background and end
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import statistics
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from mesh import execution, placement, report
 from mesh.autoscaler import Load, containers_wanted
 from mesh.broker.leases import BUSY, IDLE
-from mesh.container import Assignment, Container, Exit
+from mesh.container import Assignment, Container, Exit, Flow
 from mesh.exception import Error, InvalidError
 from mesh.frames import Outcome, Start, Work
 from mesh.intake import Intake
@@ -252,7 +253,7 @@ class Pool:
             return 0
         if self.spec.single_use_containers:
             return 0 if container.load or container.served else 1
-        ahead = _READ_AHEAD if self._short and container.running_for < _HOSTAGE else 0
+        ahead = _READ_AHEAD if self._short and not self.spec.is_generator and container.running_for < _HOSTAGE else 0
         return max(0, 1 + ahead - container.load)
 
     @property
@@ -272,12 +273,19 @@ class Pool:
             body=input.body,
             keep_result=input.keep_result,
             method=method_of(input.address.function),
+            generator=input.generates,
         )
         held.about = self._about()
         report.began(held, self._worker.name, container.name, work.attempt)
-        container.run(Assignment(work, held, self.spec.timeout))
+        flow = self._flow(container, work) if input.generates else None
+        container.run(Assignment(work, held, self.spec.timeout, flow))
         if self.spec.single_use_containers:
             container.stop()
+
+    def _flow(self, container: Container, work: Work) -> Flow:
+        """Where the items of a generator go from its container."""
+        grant = functools.partial(container.grant, work.seq)
+        return self._worker.broker.flows.write(work.call, work.index, grant)
 
     def _grow(self, serving: Sequence[Container]) -> None:
         """Start containers while the load wants more and there is room for them."""

@@ -262,7 +262,7 @@ class Input:
     """One argument set on its way to a container. `body` is the user's, encoded as `format` says.
 
     Attributes:
-        kind: how the call was made: spawn, remote, map, schedule, or nats for one made by hand.
+        kind: how the call was made: spawn, remote, map, generator, schedule, or nats for one made by hand.
         client: who made it, `host/pid`.
         parent: the input that was running where the call was made.
         deadline: not started later than this, in seconds since 1970.
@@ -343,7 +343,12 @@ class Input:
     @property
     def awaited(self) -> bool:
         """Whether it ends with its caller, who waits for it."""
-        return self.kind in ("remote", "map") and not self.detach
+        return self.generates or (self.kind in ("remote", "map") and not self.detach)
+
+    @property
+    def generates(self) -> bool:
+        """Whether its items go to its caller as they come. Then it never begins twice: some may have been taken."""
+        return self.kind == "generator"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -306,6 +306,12 @@ class AttemptLog:
         return [Attempt(ending=Ending.BEGAN, error="worker lost"), *lost] if untold else lost
 
     @property
+    def begun(self) -> Attempt | None:
+        """The newest delivery that began, and of whose end nothing is known."""
+        begun = [a for _, a in sorted(self.attempts.items()) if a.ending is Ending.BEGAN]
+        return begun[-1] if begun else None
+
+    @property
     def last_error(self) -> str:
         """What went wrong most recently."""
         return next((a.error for _, a in sorted(self.attempts.items(), reverse=True) if a.error), "")

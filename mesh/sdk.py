@@ -31,6 +31,7 @@ from mesh.protocol import (
     Address,
     CancelRequest,
     Failure,
+    Format,
     Input,
     Result,
     State,
@@ -255,8 +256,7 @@ class Function(Generic[P, R]):
     ) -> Input:
         """An input of a new call, or another one of the call of several inputs that is named."""
         spec = record.spec
-        if spec.is_generator:
-            raise self._generates(kind)
+        self._check_kind(kind, spec.is_generator)
         main = serialization.main_name()
         main_as = main if main is not None and main.partition(".")[0] in record.modules else None
         format, body = serialization.encode_arguments(args, kwargs, main_as)
@@ -268,19 +268,48 @@ class Function(Generic[P, R]):
             kind=kind,
             client=broker.client,
             parent=running.key if running else "",
-            result_ttl=spec.result_ttl or (_REMOTE_RESULT_TTL if kind in ("remote", "map") else None),
-            keep_result=spec.keep_result,
+            result_ttl=spec.result_ttl or (None if kind == "spawn" else _REMOTE_RESULT_TTL),
+            keep_result=spec.keep_result or kind == "generator",
             detach=spec.detach,
             preview=serialization.preview(format, body) if broker.settings.preview else "",
         )
 
-    def _generates(self, kind: str) -> InvalidError:
-        return InvalidError(f"{self._name!r} is a generator function: use .remote_gen(), not .{kind}()")
+    def _check_kind(self, kind: str, is_generator: bool) -> None:
+        """Generators are called in one way, and nothing else is."""
+        if is_generator and kind != "generator":
+            raise InvalidError(f"{self._name!r} is a generator function: use .remote_gen(), not .{kind}()")
+        if kind == "generator" and not is_generator:
+            raise InvalidError(f"{self._name!r} is no generator function: use .remote(), not .remote_gen()")
 
     def _call_of(self, broker: Broker, record: FunctionRecord, call: str, index: int) -> FunctionCall[R]:
         """A handle on one input of a call of several."""
         address = Address(record.app, self._name, SHARED_POOL, call, index)
         return FunctionCall(call, environment=broker.topology.environment, address=address)
+
+    @both_generators
+    def remote_gen(self, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[list[Any], None]:
+        """Call a generator function, and iterate over what it yields while it goes on: `for item in f.remote_gen(…)`,
+        or `async for item in f.remote_gen.aio(…)`. Nothing is called before it is iterated over.
+
+        The generator runs ahead of whoever iterates by about 1,000 items or 2 MiB, then it waits, which its `timeout`
+        goes on counting. Minutes between two items are fine. Items of any size come whole.
+
+        Raises:
+            Exception: what the generator raised, after the items before it; also what `remote` raises.
+            InvalidError: it is no generator function.
+            SerializationError: an item cannot be pickled.
+            InternalFailure: its container or worker was lost, or items on their way were. It never begins again, since
+                some of its items have been taken.
+            ConnectionError: the server was away for 10 s.
+
+        Ends short of its last item only with an error. Leaving the loop early (closing the iterator), Ctrl-C, and the
+        end of the process or task that iterates cancel it: its `finally` blocks run.
+        """
+        from mesh.reading import items
+
+        if self._spec is not None:
+            self._check_kind("generator", self._spec.is_generator)
+        return items(self, args, kwargs)
 
     # --- calling with several inputs ---------------------------------------------------------------------------------
 
@@ -366,8 +395,8 @@ class Function(Generic[P, R]):
             warnings.warn(
                 "wrap_returned_exceptions has no effect: they are never wrapped", DeprecationError, stacklevel=4
             )
-        if self._spec is not None and self._spec.is_generator:
-            raise self._generates(kind)
+        if self._spec is not None:
+            self._check_kind(kind, self._spec.is_generator)
         wanted = Wanted(
             method=kind,
             iterables=iterables,
@@ -427,10 +456,6 @@ class Function(Generic[P, R]):
     def spawn_map(self, *args: Any, **kwargs: Any) -> Any:
         """Not built yet."""
         raise self._not_built("spawn_map")
-
-    def remote_gen(self, *args: Any, **kwargs: Any) -> Any:
-        """Not built yet."""
-        raise self._not_built("remote_gen")
 
     def with_options(self, **options: Any) -> Any:
         """Not built yet."""
@@ -650,12 +675,16 @@ class FunctionCall(Generic[R]):
         """The value in a result, or the exception it stands for, raised."""
         if result.state is not State.SUCCEEDED:
             raise serialization.unpack_exception(Failure.decode(result.body), unpickle=broker.settings.unpickle)
-        if result.format == "pickle" and not broker.settings.unpickle:
-            raise DeserializationError(f"the result of {self._id} is a pickle, and MESH_UNPICKLE forbids reading those")
+        return cast(R, self._decoded(broker, "the result", result.format, result.body))
+
+    def _decoded(self, broker: Broker, what: str, format: Format, body: bytes) -> Any:
+        """Something the function gave, as an object."""
+        if format is Format.PICKLE and not broker.settings.unpickle:
+            raise DeserializationError(f"{what} of {self._id} is a pickle, and MESH_UNPICKLE forbids reading those")
         try:
-            return cast(R, serialization.decode(result.format, result.body))
+            return serialization.decode(format, body)
         except DeserializationError as error:
-            raise ExecutionError(f"the result of {self._id} cannot be read here: {error}") from error
+            raise ExecutionError(f"{what} of {self._id} cannot be read here: {error}") from error
 
     @both
     async def status(self, /, *, index: int = 0) -> CallStatus:

@@ -49,6 +49,11 @@ class Held:
     cancelled: str = ""
 
     @property
+    def generates(self) -> bool:
+        """Whether it yields to its caller: that it begins is always written down, since it must never begin twice."""
+        return self.lease.input is not None and self.lease.input.generates
+
+    @property
     def key(self) -> str:
         assert self.lease.address is not None
         return self.lease.address.key
@@ -152,7 +157,7 @@ class Settler:
         await lease.ack()
 
     async def mark_begun(self, held: Held, worker: str) -> None:
-        """Write down that a redelivered input begins, so that it is known who was lost if nothing follows."""
+        """Write down that an input begins, so that it is known who was lost if nothing follows."""
         begun = Attempt(ending=Ending.BEGAN, worker=worker, at=time.time())
         held.log = await self.insist(lambda: self._broker.attempts.add(held.key, held.number, begun))
 
@@ -170,7 +175,7 @@ class Settler:
         """Read what is known of earlier deliveries."""
         held.log = await self.insist(lambda: self._broker.attempts.get(held.key))
         held.number = held.log.number(held.lease.delivery)
-        held.marked = held.number == 1  # the first delivery leaves no mark
+        held.marked = held.number == 1 and not held.generates  # the first delivery leaves no mark
 
     async def insist(self, action: Callable[[], Awaitable[T]]) -> T:
         """Do it, again and again while the store is full or away. Leases are renewed elsewhere meanwhile."""

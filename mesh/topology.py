@@ -174,6 +174,10 @@ class Topology:
         """Where workers say that a slot of a capped pool is free again; `pool` as `pool_key` has it."""
         return f"{self.root}.freed.{pool}"
 
+    def flow_subject(self, call: str, index: int | str, way: str) -> str:
+        """Where the chunks of a flow go, `out` of a container or `in`, and what their reader grants, `credit`."""
+        return f"{self.root}.flow.{call}.{index}.{way}"
+
     # --- keys --------------------------------------------------------------------------------------------------------
 
     def function_key(self, app: str, function: str) -> str:

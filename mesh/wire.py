@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 from mesh import frames
 from mesh.exception import InputCancellation
-from mesh.frames import Cancel, Drop, Dropped
+from mesh.frames import Cancel, Credit, Drop, Dropped
 
 _READ_SIZE = 1 << 16
 
@@ -27,11 +28,12 @@ class Wire:
         self.control = control
         self.inbox: deque[frames.Frame] = deque()
         self.interrupt: Callable[[], None] = lambda: None
+        self.on_credit: Callable[[Credit], None] = lambda credit: None
         self._buffer = frames.Buffer()
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._main = threading.get_ident()
-        self._sending = 0
+        self._undisturbed = 0
         self._deferred = False
         os.register_at_fork(after_in_child=self._close_in_child)
 
@@ -46,22 +48,29 @@ class Wire:
         if os.getpid() != self._owner:
             os._exit(0)
         data = frames.encode(frame)
+        with self.undisturbed():
+            try:
+                with self._lock:
+                    self.protocol.sendall(data)
+            except OSError:
+                os._exit(1)  # the worker is gone, or the user's code closed the socket: nobody can be told
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Generator[None]:
+        """Interrupts of the main thread wait until the block has ended."""
         main = threading.get_ident() == self._main
-        self._sending += main
+        self._undisturbed += main
         try:
-            with self._lock:
-                self.protocol.sendall(data)
-        except OSError:
-            os._exit(1)  # the worker is gone, or the user's code closed the socket: nobody can be told
+            yield
         finally:
-            self._sending -= main
-        if main and self._deferred:
-            self._deferred = False
-            self.interrupt()
+            self._undisturbed -= main
+            if main and self._deferred and not self._undisturbed:
+                self._deferred = False
+                self.interrupt()
 
     def may_interrupt(self) -> bool:
         """Whether the main thread can be interrupted now; if not, `interrupt` is called once it can."""
-        self._deferred = self._sending > 0
+        self._deferred = self._undisturbed > 0
         return not self._deferred
 
     def receive(self) -> frames.Frame | None:
@@ -71,13 +80,25 @@ class Wire:
                 return None
         return self.inbox.popleft()
 
+    def wait(self) -> bool:
+        """Wait until something comes, and take it; only the waiting is interrupted. False once the worker has gone."""
+        ready = select.poll()
+        ready.register(self.protocol, select.POLLIN)
+        ready.poll()
+        with self.undisturbed():
+            return self.read()
+
     def read(self) -> bool:
-        """Take what has come; false once the worker has gone."""
+        """Take what has come; false once the worker has gone. Credit goes to its generator, the rest waits."""
         try:
             data = self.protocol.recv(_READ_SIZE)
         except OSError:
             return False
-        self.inbox.extend(self._buffer.feed(data))
+        for frame in self._buffer.feed(data):
+            if isinstance(frame, Credit):
+                self.on_credit(frame)
+            else:
+                self.inbox.append(frame)
         return bool(data)
 
 

@@ -26,6 +26,10 @@ SHOP = """
         return {"sent": number}
 
     @app.function()
+    def pages(number):
+        yield from range(number)
+
+    @app.function()
     def refuse(number):
         raise ValueError("not today")
 """
@@ -52,7 +56,9 @@ EXPECTED = {
     "nats stream get MESH_LOGS -S mesh.log.shop.send_invoice.{done}.0": "sending 7",
     'nats pub mesh.call.shop.send_invoice._.{new}.0 \'{{"args": [1], "kwargs": {{}}}}\'': "",
     "nats kv get mesh_results {new}.0 --raw": '{{"sent":1}}',
-    "nats sub 'mesh.log.shop.>'": None,  # these two go on until they are stopped: tested by a call made meanwhile
+    "nats sub 'mesh.log.shop.>'": None,  # these go on until they are stopped: tested by calls made meanwhile
+    "nats sub 'mesh.flow.*.*.out'": None,
+    "nats sub 'mesh.flow.*.*.credit'": None,
     "nats sub 'mesh.done.>'": None,
 }
 

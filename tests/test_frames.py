@@ -20,6 +20,8 @@ from mesh.frames import (
     BrokenFrameError,
     Buffer,
     Cancel,
+    Chunk,
+    Credit,
     Drop,
     Dropped,
     Frame,
@@ -34,14 +36,14 @@ from mesh.frames import (
 )
 
 START = Start("shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, "/code/ab", 1 << 20)
-WORK = Work(7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "")
+WORK = Work(7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "", False)
 
 GOLDEN: list[tuple[Frame, list[Any]]] = [
     (
         START,
         [0, "shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, "/code/ab", 1 << 20],
     ),
-    (WORK, [1, 7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True]),
+    (WORK, [1, 7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "", False]),
     (Stop(), [2]),
     (Ready(), [3]),
     (StartFailed(b"\x80"), [4, b"\x80"]),
@@ -51,6 +53,8 @@ GOLDEN: list[tuple[Frame, list[Any]]] = [
     (Cancel(7, False), [8, 7, False]),
     (Drop(7), [9, 7]),
     (Dropped(7, True), [10, 7, True]),
+    (Chunk(7, b"\x92"), [11, 7, b"\x92"]),
+    (Credit(7, 24), [12, 7, 24]),
 ]
 IDS = [type(frame).__name__ for frame, _ in GOLDEN]
 

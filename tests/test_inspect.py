@@ -71,7 +71,7 @@ async def _root(broker: Broker) -> str:
 
 
 def test_what_is_listened_to_arrives(own_mesh: Callable[..., Mesh]) -> None:
-    """`nats sub 'mesh.log.shop.>'` and `nats sub 'mesh.done.>'`."""
+    """`nats sub 'mesh.log.shop.>'`, `nats sub 'mesh.done.>'`, and both of `mesh.flow`."""
     mesh = own_mesh()
     Facts.make(mesh)
     heard: list[tuple[str, bytes]] = []
@@ -80,7 +80,7 @@ def test_what_is_listened_to_arrives(own_mesh: Callable[..., Mesh]) -> None:
         async def hear(message: object) -> None:
             heard.append((message.subject, message.data))  # type: ignore[attr-defined]
 
-        for subject in ("log.shop.>", "done.>"):
+        for subject in ("log.shop.>", "done.>", "flow.*.*.out", "flow.*.*.credit"):
             await broker.connection.subscribe(f"{broker.topology.root}.{subject}", hear)
         await broker.connection.flush()
 
@@ -93,6 +93,10 @@ def test_what_is_listened_to_arrives(own_mesh: Callable[..., Mesh]) -> None:
         lambda: any(s.endswith(f".done.{head}.{token}.0") and d == b'{"sent":3}' for s, d in heard), what="the result"
     )
     assert any(s.endswith(f"send_invoice.{call.object_id}.0") and d == b"sending 3\n" for s, d in heard)
+    assert list(Function.from_name("shop", "pages").remote_gen(2000)) == list(range(2000))
+    out = b"".join(d for s, d in heard if s.endswith(".0.out"))
+    assert out.startswith(b"\x92\x00\xc4\x010\x92\x00\xc4\x011"), "the first two items, 0 and 1 as JSON"
+    assert any(s.endswith(".0.credit") and int(d) > 16 for s, d in heard)
 
 
 def test_a_call_over_a_raw_socket(own_mesh: Callable[..., Mesh]) -> None:

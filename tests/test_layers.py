@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module imports what stands below it, or before it on its own level.
 LEVELS = [
     "exception labels parameters spec decorators config background scratch unbuilt",  # values
-    "protocol variant frames records serialization bundle judge",  # bytes: what crosses the wire, and what is stored
+    "protocol variant flow frames records serialization bundle judge",  # bytes, on the wire and stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
-    "map sdk functions queue report deploy app",  # what users hold
-    "wire output usercode executor",  # containers, from inside
+    "map reading sdk functions queue report deploy app",  # what users hold
+    "wire generating output usercode executor",  # containers, from inside
     "memory machine placement container execution capacity autoscaler codecache",  # and from outside
     "examine sweep upkeep watch check slots intake pool deployed",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
@@ -154,7 +154,7 @@ def test_only_the_caller_and_the_container_turn_users_bytes_into_objects() -> No
 
 def test_whoever_only_passes_users_bytes_on_does_not_know_serialization() -> None:
     knowing = {part(name) for name, path in MODULES.items() if "serialization" in ours(path.read_text())}
-    assert knowing == {"sdk", "executor", "usercode", "deploy"}, (
+    assert knowing == {"sdk", "executor", "generating", "usercode", "deploy"}, (
         "worker, broker and command line see users' data as bytes; so nobody unpickles by accident in a process that "
         "may do anything"
     )

@@ -28,6 +28,7 @@ from mesh.broker.connection import (
 from mesh.broker.consumers import Consumers
 from mesh.broker.dead import Dead
 from mesh.broker.fleet import Attempts, Clients, Locks, Runs, Workers
+from mesh.broker.flows import Flows
 from mesh.broker.leases import Lease, Puller
 from mesh.broker.pools import Pools
 from mesh.broker.registry import Registry
@@ -59,6 +60,7 @@ class Broker:
         self.calls = Calls(connection, topology, settings.submit_timeout)
         self.results = Results(connection, topology, self.token)
         self.cancels = Cancels(connection, topology)
+        self.flows = Flows(connection, topology)
         self.dead = Dead(connection, topology)
         self.registry = Registry(connection, topology)
         self.pools = Pools(connection, topology)
@@ -93,6 +95,7 @@ class Broker:
     async def rest(self) -> None:
         """End what runs in the background for this environment; the connection stays, for others."""
         await self.background.cancel()
+        await self.flows.close()
         await self.clients.close()
         await self.results.close()
 

@@ -51,6 +51,11 @@ def _run(
     with _import_errors():
         module = reference.load()
     app, runnable = find_runnable(module, reference.name)
+    if not isinstance(runnable, LocalEntrypoint) and runnable.is_generator:
+        raise InvalidError(
+            f"{runnable.name!r} is a generator function, which `mesh run` cannot run: iterate over "
+            f"{runnable.name}.remote_gen(…) in a local entrypoint, and run that"
+        )
     args, kwargs = parse_flags(runnable, f"mesh run {ref}", words.args)
     settings = Settings.load({"environment": env, "nats_url": url})
     context.show_times(timestamps)
