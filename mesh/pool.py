@@ -222,7 +222,7 @@ class Pool:
         serving = self.serving
         self._grow(serving)
         self.share.tidy()
-        if not self.share.open:
+        if self.share.is_shut_out:
             self._pass_on()
         self._ask(serving)
 
@@ -292,8 +292,7 @@ class Pool:
         if self.unfit or self._resting() or self.refusal or self.record.removed is not None:
             return
         behind = sum(max(0, c.load - 1) for c in serving)
-        waiting = len(self.intake.waiting) + behind + (0 if self._asked() else self.intake.pending)
-        load = Load(waiting=waiting, running=sum(c.load > 0 for c in serving), duration=self._median)
+        load = Load(waiting=self.backlog + behind, running=sum(c.load > 0 for c in serving), duration=self._median)
         missing = containers_wanted(load, self.spec) - len(serving)
         capacity = self._worker.capacity
         while missing > 0 and capacity.could_make_room(self) and self.share.reserve() and capacity.make_room(self):
@@ -306,6 +305,13 @@ class Pool:
         while len(self.intake.waiting) > starting:
             returned = Execution(kind=Kind.RETURNED, text="no slot of its function is free for another container here")
             self.settle(self.intake.waiting.pop(), returned)
+        if not self.containers:
+            self.intake.pending = 0  # others take them, and nothing will be delivered here that says so
+
+    @property
+    def backlog(self) -> int:
+        """Inputs that wait, here and in the queue, as far as this worker knows."""
+        return len(self.intake.waiting) + (0 if self._asked() else self.intake.pending)
 
     def _asked(self) -> int:
         return self._worker.puller.outstanding(self.consumer)
@@ -318,7 +324,7 @@ class Pool:
             wanted = _REFUSED_BATCH
         else:
             wanted = sum(self._room(c) if c.ready else 1 for c in serving)
-            may_grow = self.share.open and not self._resting()
+            may_grow = self.share.open and not self.share.is_claiming and not self._resting()
             if may_grow and (not self._taking or self._worker.capacity.has_room(self)):
                 wanted += 1
         missing = wanted - self._asked() - len(self.intake.waiting)

@@ -94,7 +94,7 @@ class Share:
         self._slots = slots
         self._pool = pool
         self._held: list[Slot] = []
-        self._claiming = False
+        self.is_claiming = False
         self._full: int | None = None
         self._freed = 0
         self._claim_from = 0.0
@@ -105,20 +105,25 @@ class Share:
         return self._full is not None and self._full == self._pool.spec.max_containers
 
     @property
+    def is_shut_out(self) -> bool:
+        """Whether there are slots, but none to be had now: others have them, or it is too early to claim."""
+        cap = self._pool.spec.max_containers
+        if cap is None or self._spare() is not None or len(self._held) >= cap:
+            return False
+        return self.is_full or time.monotonic() < max(self._claim_from, self._slots.claim_from)
+
+    @property
     def open(self) -> bool:
         """Whether another container may be started, as far as this worker knows."""
         cap = self._pool.spec.max_containers
-        if cap is None or self._spare() is not None:
-            return True
-        too_early = time.monotonic() < max(self._claim_from, self._slots.claim_from)
-        return len(self._held) < cap and not self.is_full and not too_early
+        return cap is None or self._spare() is not None or (len(self._held) < cap and not self.is_shut_out)
 
     def reserve(self) -> bool:
         """Whether a container may be started now. If not, but perhaps soon, a slot is claimed; `feed` follows."""
         if self._pool.spec.max_containers is None or self._spare() is not None:
             return True
-        if self.open and not self._claiming:
-            self._claiming = True
+        if self.open and not self.is_claiming:
+            self.is_claiming = True
             self._slots.background.spawn(self._claim())
         return False
 
@@ -146,10 +151,12 @@ class Share:
                 slot.container.take_back()
                 slot.container.stop()
 
-    def freed(self) -> None:
-        """A slot may be free."""
+    def freed(self, backlog: int = 0) -> None:
+        """A slot may be free. Where inputs are known to wait, it is claimed first, and then they are asked for: of all
+        who hear of it, only one shall get an input."""
         self._freed += 1
         self._full = None
+        self._pool.intake.pending = max(self._pool.intake.pending, backlog)
         self._pool.feed()
 
     def see(self, taken: Collection[int]) -> None:
@@ -175,7 +182,7 @@ class Share:
             self._claim_from = time.monotonic() + self._slots.ttl / _TRIES
             asyncio.get_running_loop().call_later(self._slots.ttl / _TRIES, self._pool.feed)
         finally:
-            self._claiming = False
+            self.is_claiming = False
             self._pool.feed()
 
     async def _claim_one(self) -> None:
@@ -199,6 +206,7 @@ class Share:
                 return
         if freed == self._freed:
             self._full = cap
+            await self._slots.store.mend(self.key)  # the next look finds what that brings back
 
     def _give_up(self, slot: Slot) -> None:
         slot.leaving = True
@@ -256,7 +264,8 @@ class Share:
         """Give a slot back, unless the store is away for so long that it has expired."""
         while time.monotonic() < slot.renewed + self._slots.ttl:
             try:
-                await self._slots.store.release(self.key, slot.number, self._slots.owner, slot.sequence)
+                backlog = self._pool.backlog
+                await self._slots.store.release(self.key, slot.number, self._slots.owner, slot.sequence, backlog)
             except _UNAVAILABLE:
                 await asyncio.sleep(self._slots.ttl / _TRIES)
             else:
@@ -297,10 +306,10 @@ class Slots:
         if self._shares.get(share.key) is share:
             del self._shares[share.key]
 
-    def _on_freed(self, key: str) -> None:
+    def _on_freed(self, key: str, backlog: int) -> None:
         share = self._shares.get(key)
         if share is not None:
-            share.freed()
+            share.freed(backlog)
 
     def on_reconnected(self) -> None:
         """Renew what is held at once; claim after a while."""

@@ -29,6 +29,10 @@ SHOP = """
     def pages(number):
         yield from range(number)
 
+    @app.function(max_containers=1)
+    def print_labels(number):
+        return number
+
     @app.function()
     def refuse(number):
         raise ValueError("not today")
@@ -45,6 +49,8 @@ EXPECTED = {
     "nats stream get MESH_DEAD -S mesh.dead.shop.refuse.{failed}.0": "ValueError: not today",
     "nats kv ls mesh_clients": "24XNHWD3",
     "nats kv get mesh_clients 24XNHWD3 --raw": "web-1/4711",
+    "nats kv ls mesh_slots": "shop.print_labels._.0",
+    "nats kv get mesh_slots shop.print_labels._.0 --raw": "{worker}",
     "nats kv get mesh_attempts {retrying}.0 --raw": "ValueError: no such customer",
     "nats kv ls mesh_functions": "shop.send_invoice",
     "nats kv get mesh_functions shop --raw": '"state":"deployed"',
@@ -59,6 +65,7 @@ EXPECTED = {
     "nats sub 'mesh.log.shop.>'": None,  # these go on until they are stopped: tested by calls made meanwhile
     "nats sub 'mesh.flow.*.*.out'": None,
     "nats sub 'mesh.flow.*.*.credit'": None,
+    "nats sub 'mesh.freed.>'": None,
     "nats sub 'mesh.done.>'": None,
 }
 
@@ -81,6 +88,7 @@ class Facts:
         send, refuse = Function.from_name("shop", "send_invoice"), Function.from_name("shop", "refuse")
         done, failed, retrying = send.spawn(7), refuse.spawn(1), send.spawn(0)
         assert done.get(timeout=20) == {"sent": 7}
+        assert Function.from_name("shop", "print_labels").remote(1) == 1  # its idle container keeps a slot
         until(lambda: failed.status().state == "failed")
         until(lambda: retrying.status().state == "retrying")
         worker = re.search(r"worker (\S+) is ready", log)

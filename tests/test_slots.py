@@ -163,7 +163,7 @@ def test_a_slot_is_its_owners_until_it_is_released(own_mesh: Callable[..., Mesh]
 
     async def story(broker: Broker) -> None:
         store, freed = broker.slots, []
-        await store.listen(freed.append)
+        await store.listen(lambda pool, backlog: freed.append((pool, backlog)))
         first = await store.claim("a.f._", 0, "w1")
         assert first
         assert await store.claim("a.f._", 0, "w2") is None
@@ -175,11 +175,11 @@ def test_a_slot_is_its_owners_until_it_is_released(own_mesh: Callable[..., Mesh]
         assert await store.renew("a.f._", 0, "w2", third - 1) is None
         await store.release("a.f._", 0, "w2", 0)
         assert (await store.taken())["a.f._"] == {0}, "which was not its to release"
-        await store.release("a.f._", 0, "w1", first)  # the same lost answer
+        await store.release("a.f._", 0, "w1", first, 5)  # the same lost answer
         assert await store.taken() == {}
         assert await store.claim("a.f._", 0, "w2"), "at once"
         await broker.connection.flush()
-        assert freed == ["a.f._", "a.f._"]
+        assert freed == [("a.f._", 0), ("a.f._", 5)]
 
     mesh.ask(story)
 
@@ -193,6 +193,22 @@ def test_locks_are_no_slots(own_mesh: Callable[..., Mesh]) -> None:
         assert await broker.slots.taken() == {"my=app.f=g._": {7}}
 
     mesh.ask(story)
+
+
+def test_a_slot_deleted_by_hand_ends_its_container_and_comes_back(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh(slot_ttl=TTL)
+    work = deploy(mesh, "max_containers=1")
+    mesh.start_worker()
+    call = work.spawn(3.0)
+    until(lambda: begun(mesh))
+
+    async def as_nats_kv_del_does(broker: Broker) -> None:
+        subject = broker.topology.key_subject("slots", "capped.work._.0")
+        await broker.connection.store(subject, b"", {"KV-Operation": "DEL"})
+
+    mesh.ask(as_nats_kv_del_does)
+    assert call.get(timeout=60) == begun(mesh)[1]
+    assert most_alive(mesh) == 1
 
 
 # --- the fleet -------------------------------------------------------------------------------------------------------

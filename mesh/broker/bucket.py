@@ -70,6 +70,12 @@ class Bucket:
         """Delete one entry; false if it was gone, or replaced."""
         return await self._connection.delete(self.stream, sequence)
 
+    async def drop_markers(self, filter: str) -> None:
+        """Delete what the plain `nats kv del` leaves where an entry was, and which keeps its key from being created."""
+        for stored in await self._connection.get_many(self.stream, [self.subject(filter)]):
+            if _deleted(stored):
+                await self.delete(stored.sequence)
+
     async def discard(self, sequence: int) -> None:
         """Delete one entry without an answer: for ends, when nobody reads one any more."""
         await self._connection.publish(f"$JS.API.STREAM.MSG.DELETE.{self.stream}", b'{"seq": %d}' % sequence)

@@ -39,6 +39,10 @@ class Slots:
                 found[name].add(int(number))
         return found
 
+    async def mend(self, pool: str) -> None:
+        """Make claimable again what somebody deleted by hand."""
+        await self._bucket.drop_markers(f"{pool}.*")
+
     async def claim(self, pool: str, number: int, owner: str) -> int | None:
         """Take a slot. Returns its sequence; `None` if somebody has it."""
         return await self._write(pool, number, owner, 0)
@@ -52,25 +56,26 @@ class Slots:
             renewed = await self._write(pool, number, owner, latest) if latest else None
         return renewed
 
-    async def release(self, pool: str, number: int, owner: str, sequence: int) -> None:
+    async def release(self, pool: str, number: int, owner: str, sequence: int, backlog: int = 0) -> None:
         """Give a slot up, and say so to whoever waits for one. Harmless where it is not the owner's any more.
 
         Args:
             sequence: the newest that is known; 0 where the answer to a claim was lost.
+            backlog: inputs that are known to wait for it.
         """
         if not (sequence and await self._bucket.delete(sequence)):
             latest = await self._own(pool, number, owner)
             if latest:
                 await self._bucket.delete(latest)
-        await self._connection.publish(self._topology.freed_subject(pool))
+        await self._connection.publish(self._topology.freed_subject(pool), b"%d" % backlog)
 
-    async def listen(self, on_freed: Callable[[str], None]) -> None:
-        """Be told of each slot that is given up, by its pool. What expires is told by nobody, and core messages get
-        lost: look again now and then."""
+    async def listen(self, on_freed: Callable[[str, int], None]) -> None:
+        """Be told of each slot that is given up: its pool, and the backlog. What expires is told by nobody, and core
+        messages get lost: look again now and then."""
         prefix = self._topology.freed_subject("")
 
         async def deliver(message: Msg) -> None:
-            on_freed(message.subject.removeprefix(prefix))
+            on_freed(message.subject.removeprefix(prefix), int(message.data) if message.data.isdigit() else 0)
 
         await self._connection.subscribe(self._topology.freed_subject(">"), deliver)
 
