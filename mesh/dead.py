@@ -114,10 +114,13 @@ async def requeue(broker: Broker, letter: Letter, stored: Stored, *, again: bool
     if letter.requeued_as and not again:
         raise ConflictError(f"{letter.call} was sent again before, as {letter.requeued_as}; --again does it once more")
     pool = stored.headers.get("Mesh-Pool", SHARED_POOL)
+    original = Input.decode(
+        Address(letter.app, letter.function, pool, letter.call, letter.index), stored.headers, stored.body
+    )
+    if original.generates:
+        raise InvalidError(f"{letter.call} called a generator: only whoever reads it can call it again, by remote_gen")
     fresh = replace(
-        Input.decode(
-            Address(letter.app, letter.function, pool, letter.call, letter.index), stored.headers, stored.body
-        ),
+        original,
         address=Address(letter.app, letter.function, pool, new_call_id(broker.token)),
         kind="spawn",  # the first caller does not wait for it any more
         client=broker.client,

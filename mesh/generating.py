@@ -210,6 +210,8 @@ class _Outlet:
 
     def wait(self, reached: Callable[[], bool]) -> None:
         """Until credit has made something true, or the input is cancelled. The main thread reads the frames itself."""
+        if reached():
+            return
         main = threading.current_thread() is threading.main_thread()
         while not reached() and not self._is_cancelled():
             if not main:

@@ -358,6 +358,10 @@ class FunctionSpec:
             check_number("startup_timeout", self.startup_timeout, 1, DAY)
         if self.retries is not None and self.is_generator:
             raise InvalidError(f"retries cannot be used on the generator function {self.name!r}")
+        if self.detach and self.is_generator:
+            raise InvalidError(
+                f"detach cannot be used on the generator function {self.name!r}: only its caller reads it"
+            )
         self._check_containers()
         self._check_inputs()
         self._check_results()

@@ -415,6 +415,12 @@ def test_decorators_in_the_wrong_place() -> None:
         @app.function(schedule=modal.Cron("* * * * *"), serialized=True)
         def needs(x: int) -> None: ...
 
+    with pytest.raises(InvalidError, match="detach cannot be used on the generator function 'stream'"):
+
+        @app.function(detach=True, serialized=True)
+        def stream() -> object:
+            yield 1
+
     with pytest.raises(InvalidError, match="retries cannot be used on the generator"):
 
         @app.function(retries=1, serialized=True)

@@ -261,7 +261,7 @@ def test_the_first_item_waits_for_no_other(mesh: Mesh, function: str) -> None:
 def test_the_value_of_the_call_is_how_many_there_were(mesh: Mesh) -> None:
     module = jobs(mesh, "gen-count")
     path = str(mesh.ledger("gen-count").path)
-    items = iter(module.slow.remote_gen(path, 3, 0.01))
+    items = iter(module.slow.remote_gen(path, 3, 1.0))
     next(items)
     call = the_call(mesh, "gen-count")
     assert list(items) == [1, 2]
@@ -645,6 +645,20 @@ def test_lost_credit_is_made_good(own_mesh: Callable[..., Mesh], monkeypatch: py
     n = 3 * WINDOW * MAX_ITEMS
     assert list(module.count.remote_gen(n)) == list(range(n))
     assert lost > 3
+
+
+def test_a_generator_that_failed_is_not_sent_again_by_others(mesh: Mesh) -> None:
+    module = jobs(mesh, "gen-dead")
+    with pytest.raises(module.MyError):
+        list(module.fails.remote_gen(1))
+
+    async def letters(broker: Broker) -> list[str]:
+        return list(await broker.connection.subjects(broker.topology.dead, f"{broker.topology.root}.dead.gen-dead.>"))
+
+    [letter] = until(lambda: mesh.ask(letters))
+    done = mesh.cli("call", "retry", letter.split(".")[-2], check=False)
+    assert done.returncode != 0
+    assert "only whoever reads it can call it again" in done.stderr
 
 
 def test_a_generator_by_hand(mesh: Mesh) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, assert_type
 
 import mesh
@@ -20,6 +20,11 @@ async def later(x: int) -> list[int]:
     return [x]
 
 
+@app.function()
+def numbers(n: int) -> Iterator[int]:
+    yield from range(n)
+
+
 @app.local_entrypoint()
 def main(name: str) -> int:
     return len(name)
@@ -29,6 +34,8 @@ def blocking() -> None:
     assert_type(double.remote(3), str)
     assert_type(double.remote(3, plus=1), str)
     assert_type(later.remote(3), list[int])
+    for item in numbers.remote_gen(3):
+        assert_type(item, Any)
     call = double.spawn(3)
     assert_type(call, mesh.FunctionCall[str])
     assert_type(call.get(), str)
