@@ -213,11 +213,18 @@ class Items:
         self._fed = 0
 
     def feed(self, chunk: bytes) -> Iterator[tuple[Format, bytes]]:
-        """The items that are complete now that `chunk` has come."""
+        """The items that are complete now that `chunk` has come.
+
+        Raises:
+            InternalFailure: there are none in it.
+        """
         self._fed += len(chunk)
         self._unpacker.feed(chunk)
-        for format, body in self._unpacker:
-            yield _FORMATS[format], body
+        try:
+            for format, body in self._unpacker:
+                yield _FORMATS[format], body
+        except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
+            raise InternalFailure(f"what came is no item: {error!r}") from None
 
     @property
     def whole(self) -> bool:

@@ -37,6 +37,7 @@ from mesh.protocol import (
     State,
     call_time,
     is_call_id,
+    method_of,
     new_call_id,
 )
 from mesh.spec import FunctionSpec, check_name
@@ -256,7 +257,7 @@ class Function(Generic[P, R]):
     ) -> Input:
         """An input of a new call, or another one of the call of several inputs that is named."""
         spec = record.spec
-        self._check_kind(kind, spec.is_generator)
+        self._check_kind(kind, spec)
         main = serialization.main_name()
         main_as = main if main is not None and main.partition(".")[0] in record.modules else None
         format, body = serialization.encode_arguments(args, kwargs, main_as)
@@ -274,8 +275,9 @@ class Function(Generic[P, R]):
             preview=serialization.preview(format, body) if broker.settings.preview else "",
         )
 
-    def _check_kind(self, kind: str, is_generator: bool) -> None:
+    def _check_kind(self, kind: str, spec: FunctionSpec) -> None:
         """Generators are called in one way, and nothing else is."""
+        is_generator = spec.yields(method_of(self._name))
         if is_generator and kind != "generator":
             raise InvalidError(f"{self._name!r} is a generator function: use .remote_gen(), not .{kind}()")
         if kind == "generator" and not is_generator:
@@ -308,7 +310,7 @@ class Function(Generic[P, R]):
         from mesh.reading import items
 
         if self._spec is not None:
-            self._check_kind("generator", self._spec.is_generator)
+            self._check_kind("generator", self._spec)
         return items(self, args, kwargs)
 
     # --- calling with several inputs ---------------------------------------------------------------------------------
@@ -396,7 +398,7 @@ class Function(Generic[P, R]):
                 "wrap_returned_exceptions has no effect: they are never wrapped", DeprecationError, stacklevel=4
             )
         if self._spec is not None:
-            self._check_kind(kind, self._spec.is_generator)
+            self._check_kind(kind, self._spec)
         wanted = Wanted(
             method=kind,
             iterables=iterables,
@@ -432,7 +434,8 @@ class Function(Generic[P, R]):
 
     @property
     def is_generator(self) -> bool:
-        return self.spec.is_generator
+        """Whether it yields: then it is called with `remote_gen`."""
+        return self.spec.yields(method_of(self._name))
 
     @property
     def object_id(self) -> str:

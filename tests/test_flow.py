@@ -177,6 +177,12 @@ def test_items_come_out_whole_wherever_the_flow_was_cut(sent: list[tuple[Format,
     assert items.whole
 
 
+@pytest.mark.parametrize("chunk", [b"abc", b"\x92\x09\xc4\x00", b"\x91\x00", b"\xc1", b"\x92\xa1x\xc4\x00"])
+def test_what_is_no_item_is_said(chunk: bytes) -> None:
+    with pytest.raises(InternalFailure, match="what came is no item"):
+        list(Items().feed(chunk))
+
+
 @given(st.lists(st.binary(max_size=100), max_size=300), st.data())
 def test_everything_written_arrives_once_whatever_the_credit(items: list[bytes], data: st.DataObject) -> None:
     """A writer and a reader with a wire between them that loses grants, but nothing else."""
