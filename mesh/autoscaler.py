@@ -15,7 +15,7 @@ class Load:
     """What a pool has to do, as its worker sees it.
 
     Attributes:
-        waiting: inputs that do not run, also those a container has behind a running one. running: busy containers.
+        waiting: inputs that do not run, also those a container has behind a running one. running: inputs that do.
         duration: median seconds of recent runs; `None` while that is not known.
     """
 
@@ -27,13 +27,13 @@ class Load:
 def containers_wanted(load: Load, spec: FunctionSpec) -> int:
     """Containers for this load, within the function's bounds.
 
-    One for each input that waits or runs; fewer where runs are known to be so short that the ones at hand work the
-    backlog off within a second, since another container would come too late to help.
+    One for as many inputs that wait or run as a container is to have; fewer where runs are known to be so short that
+    the ones at hand work the backlog off within a second, since another container would come too late to help.
     """
     waiting = load.waiting
     if load.duration is not None:
         waiting = min(waiting, math.ceil(waiting * load.duration / _DRAIN_TIME))
-    busy = load.running + waiting
+    busy = math.ceil((load.running + waiting) / spec.inputs_wanted)
     active = busy + (spec.buffer_containers if busy else 0)
     wanted = max(active, spec.min_containers)
     return wanted if spec.max_containers is None else min(wanted, spec.max_containers)

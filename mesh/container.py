@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,10 +40,10 @@ from mesh.frames import (
     StartFailed,
     Stop,
     Waiting,
-    Work,
 )
 from mesh.memory import MIB, MemoryWatch
 from mesh.protocol import Failure, failure
+from mesh.runs import Assignment, Run, Runs
 
 logger = logging.getLogger("mesh.worker")
 
@@ -103,34 +103,6 @@ def _signal_name(number: int) -> str:
         return "unknown"
 
 
-class Flow(Protocol):
-    """Where what a generator yields goes."""
-
-    def begin(self) -> None: ...
-    def send(self, chunk: bytes) -> None: ...
-    def end(self) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class Assignment:
-    """An input given to a container. `owner` is whatever the pool knows it by.
-
-    Attributes:
-        flow: where its items go, if it is a generator's.
-        began: monotonic time at which it began to run; 0 while it waits behind another one.
-        stopped: why it was cancelled, if it was. dropping: it was asked for back.
-    """
-
-    work: Work
-    owner: Any
-    timeout: float
-    flow: Flow | None = None
-    began: float = 0.0
-    stopped: str = ""
-    dropping: bool = False
-    timers: list[asyncio.TimerHandle] = field(default_factory=list[asyncio.TimerHandle])
-
-
 class Listener(Protocol):
     """Who is told what a container does: its pool."""
 
@@ -140,7 +112,8 @@ class Listener(Protocol):
     def on_dropped(self, container: Container, assignment: Assignment) -> None: ...
     def on_output(self, container: Container, assignment: Assignment | None, stream: int, text: str) -> None: ...
     def on_waiting(self, container: Container) -> None: ...
-    def on_timeout(self, container: Container, assignment: Assignment) -> None: ...
+    def on_timeout(self, container: Container, run: Run) -> None: ...
+    def on_given_up(self, container: Container, assignment: Assignment) -> None: ...
     def on_exit(self, container: Container, lost: Sequence[Assignment], exit: Exit) -> None: ...
 
 
@@ -148,15 +121,16 @@ class Container:
     """One process that runs one function's code.
 
     Attributes:
-        ready: the user's code is imported. waiting: all its inputs wait inside mesh. stopping: it gets no more inputs.
+        ready: the user's code is imported. stopping: it gets no more inputs. max_inputs: runs at once.
         idle_since: monotonic time since when it has nothing to do. served: inputs it has finished.
     """
 
-    def __init__(self, name: str, listener: Listener, cancel_grace: float, watch: MemoryWatch) -> None:
+    def __init__(
+        self, name: str, listener: Listener, cancel_grace: float, watch: MemoryWatch, max_inputs: int = 1
+    ) -> None:
         self.name = name
         self.started = time.monotonic()
         self.ready = False
-        self.waiting = False
         self.stopping = False
         self.exited = False
         self.served = 0
@@ -165,7 +139,9 @@ class Container:
         self._cancel_grace = cancel_grace
         self._watch = watch
         self._memory: int | None = None
-        self._assignments: dict[int, Assignment] = {}
+        self.max_inputs = max_inputs
+        self._runs = Runs(max_inputs)
+        self._retired = False
         self._has_process = False
         self._was_told = False
         self._transport: asyncio.Transport | None = None
@@ -199,8 +175,8 @@ class Container:
         self._control, their_control = socket.socketpair()
         pipes = [os.pipe(), os.pipe()]
         own = {**variables, "MESH_TASK_ID": self.name}
-        page = frames.BeginMark.memfd()
-        self._mark = frames.BeginMark(page)
+        page = frames.BeginMarks.memfd(self.max_inputs)
+        self._marks = frames.BeginMarks(page)
         passed = (theirs.fileno(), their_control.fileno(), page)
         self._process = subprocess.Popen(  # noqa: ASYNC220 - takes a millisecond; its end is seen through a pidfd
             [sys.executable, "-P", "-m", "mesh.executor", *map(str, passed), str(os.getpid())],
@@ -250,76 +226,124 @@ class Container:
 
     @property
     def load(self) -> int:
-        """Inputs it has, running or behind the running one."""
-        return len(self._assignments)
+        """Inputs it has, running or behind the running ones."""
+        return self._runs.inputs
+
+    @property
+    def runs(self) -> int:
+        """Runs it has, each of one input or of a batch."""
+        return self._runs.count
+
+    @property
+    def behind(self) -> int:
+        """Inputs that wait in it until others end."""
+        return self._runs.behind
 
     @property
     def assignments(self) -> list[Assignment]:
-        """Its inputs, the running one first."""
-        return list(self._assignments.values())
+        """Its inputs, the oldest first."""
+        return self._runs.assignments
 
     @property
     def running_for(self) -> float:
-        """Seconds the running input has been running; 0 without one."""
-        first = next(iter(self._assignments.values()), None)
-        return time.monotonic() - first.began if first is not None and first.began else 0.0
+        """Seconds the oldest running input has been running; 0 without one."""
+        return self._runs.running_for
+
+    @property
+    def waiting(self) -> bool:
+        """Whether all that it runs waits for other calls."""
+        return self._runs.only_wait
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
-    def run(self, assignment: Assignment) -> None:
-        """Give it an input; it runs when those before it have ended."""
-        self._assignments[assignment.work.seq] = assignment
-        self._send(assignment.work)
-        if len(self._assignments) == 1:
-            self._begin(assignment)
+    def run(self, *assignments: Assignment) -> None:
+        """Give it an input, or a batch; it runs when there is room beside those before it."""
+        self._runs.add(assignments)
+        for assignment in assignments:
+            self._send(assignment.work)
+        self._begin_next()
 
-    def _begin(self, assignment: Assignment) -> None:
-        assignment.began = time.monotonic()
-        if assignment.flow is not None:
-            assignment.flow.begin()
-        assignment.timers.append(self._loop.call_later(assignment.timeout, self._check_time, assignment))
+    def _begin_next(self) -> None:
+        run = self._runs.next()
+        if run is not None:
+            for member in run.members:
+                if member.flow is not None:
+                    member.flow.begin()
+            run.timers.append(self._loop.call_later(run.timeout, self._check_time, run))
 
-    def _check_time(self, assignment: Assignment) -> None:
+    def _check_time(self, run: Run) -> None:
         """Its time counts from when the container began it; one that keeps the container from that has the grace."""
-        began = self._mark.began(assignment.work.seq)
-        latest = assignment.began + assignment.timeout + self._cancel_grace
-        left = (latest if began is None else began + assignment.timeout) - time.monotonic()
+        began = self._marks.began(run.seqs[0])
+        latest = run.began + run.timeout + self._cancel_grace
+        left = (latest if began is None else began + run.timeout) - time.monotonic()
         if left > 0:
-            assignment.timers.append(self._loop.call_later(min(left, _LOOK_AGAIN), self._check_time, assignment))
+            run.timers.append(self._loop.call_later(min(left, _LOOK_AGAIN), self._check_time, run))
         else:
-            self._listener.on_timeout(self, assignment)
+            self._listener.on_timeout(self, run)
 
     def cancel(self, assignment: Assignment, reason: str) -> None:
-        """Interrupt one input, by the ladder: raise in it; later also where it blocks its loop; at last kill it.
+        """Interrupt one input. One of a batch leaves it, and the others go on."""
+        run = self._runs.run_of(assignment.work.seq)
+        if run is None or assignment.stopped:
+            return
+        if len(run.members) > 1:
+            assignment.stopped = reason
+            self._signal(Cancel(assignment.work.seq, False))
+            self._give_up([assignment])
+        else:
+            self.interrupt(run, reason)
+
+    def interrupt(self, run: Run, reason: str) -> None:
+        """End a run, by the ladder: raise in it; later also where it blocks its loop; at last go on without it.
 
         Its `finally` blocks have the grace to end.
         """
-        if assignment.stopped:
+        if run.interrupted:
             return
-        assignment.stopped = reason
-        self._signal(Cancel(assignment.work.seq, False))
-        force = Cancel(assignment.work.seq, True)
-        assignment.timers += [
+        run.interrupted = True
+        for member in run.members:
+            member.stopped = member.stopped or reason
+            self._signal(Cancel(member.work.seq, False))
+        force = Cancel(run.members[0].work.seq, True)
+        run.timers += [
             self._loop.call_later(min(FORCE_AFTER, self._cancel_grace / 2), self._signal, force),
-            self._loop.call_later(
-                self._cancel_grace, self.kill, f"it went on for {self._cancel_grace:g} s after {reason}"
-            ),
+            self._loop.call_later(self._cancel_grace, self._go_on_without, run, reason),
         ]
+
+    def _go_on_without(self, run: Run, reason: str) -> None:
+        """What cannot be interrupted ends with its process: now, or, for their sake, when the others have ended."""
+        text = f"it went on for {self._cancel_grace:g} s after {reason}"
+        if self._runs.count == 1:
+            self.kill(text)
+            return
+        logger.warning(
+            "container %s takes no more inputs, and is killed when the %d others in it have ended: one cannot be "
+            "interrupted, %s",
+            *(self.name, self._runs.count - 1, text),
+        )
+        self.stopping = self._retired = True
+        self._give_up(run.members.copy())
+
+    def _give_up(self, assignments: Sequence[Assignment]) -> None:
+        """These end here, whatever the container still does with them."""
+        for assignment in assignments:
+            self._runs.remove(assignment)
+            self._listener.on_given_up(self, assignment)
 
     def grant(self, seq: int, number: int) -> None:
         """Let a generator send its chunks up to this one."""
-        if seq in self._assignments and not self.exited:
+        if self._runs.get(seq) is not None and not self.exited:
             self._send(Credit(seq, number))
 
     def take_back(self) -> None:
         """Ask for every input that has not begun; `on_dropped` brings those it gives up."""
-        for assignment in self._assignments.values():
+        for assignment in self.assignments:
             if not assignment.began and not assignment.dropping:
                 assignment.dropping = True
                 self._signal(Drop(assignment.work.seq))
 
     def _signal(self, frame: Cancel | Drop) -> None:
-        if self.exited or frame.seq not in self._assignments:
+        if self.exited or self._runs.get(frame.seq) is None:
             return
         with contextlib.suppress(OSError):  # it is ending; its exit is reported by itself
             self._control.send(frames.encode(frame))
@@ -340,7 +364,7 @@ class Container:
 
     def _say_stop(self) -> None:
         self._send(Stop())
-        if not self._assignments:
+        if not self.load:
             self._limit_stop()
 
     def _limit_stop(self) -> None:
@@ -396,7 +420,7 @@ class Container:
             case Outcome():
                 self._on_outcome(frame)
             case Log():
-                assignment = self._assignments.get(frame.seq)
+                assignment = self._runs.get(frame.seq)
                 self._listener.on_output(self, assignment, frame.stream, frame.text)
             case Chunk():
                 self._on_chunk(frame)
@@ -407,43 +431,46 @@ class Container:
             case StartFailed():
                 self._fail_start(Failure.decode(frame.failure))
             case Waiting():
-                self.waiting = frame.waiting
-                self._listener.on_waiting(self)
+                self._on_waiting(frame)
             case _:
                 self.kill("it sent a frame that only a worker sends")
 
     def _on_chunk(self, chunk: Chunk) -> None:
-        assignment = self._assignments.get(chunk.seq)
+        assignment = self._runs.get(chunk.seq)
         if assignment is not None and assignment.flow is not None:
             assignment.flow.send(chunk.body)
 
+    def _on_waiting(self, frame: Waiting) -> None:
+        run, before = self._runs.run_of(frame.seq), self.waiting
+        if run is not None:
+            self._runs.set_waiting(run, waiting=frame.waiting)
+        if self.waiting != before:
+            self._listener.on_waiting(self)
+
     def _on_outcome(self, outcome: Outcome) -> None:
-        assignment = self._assignments.get(outcome.seq)
+        assignment = self._runs.get(outcome.seq)
         if assignment is None:
             return
         for pipe in self._pipes:
             self._drain_pipe(pipe)
-        del self._assignments[outcome.seq]
+        before = self.waiting
+        self._runs.remove(assignment)
         self._forget_printed()
-        self._finish(assignment)
         self.served += 1
         self.idle_since = time.monotonic()
         self._begin_next()
-        if self.stopping and not self._assignments:
-            self._limit_stop()
+        if self.stopping and not self.load:
+            self._end_stopped()
         self._listener.on_outcome(self, assignment, outcome)
+        if self.waiting != before:
+            self._listener.on_waiting(self)
 
-    def _begin_next(self) -> None:
-        following = next(iter(self._assignments.values()), None)
-        if following is not None and not following.began:
-            self._begin(following)
-
-    @staticmethod
-    def _finish(assignment: Assignment) -> None:
-        for timer in assignment.timers:
-            timer.cancel()
-        if assignment.flow is not None:
-            assignment.flow.end()
+    def _end_stopped(self) -> None:
+        """It was stopped, and has run its last input."""
+        if self._retired:
+            self.kill("what it still runs cannot be interrupted")
+        else:
+            self._limit_stop()
 
     def _on_control(self) -> None:
         try:
@@ -454,10 +481,9 @@ class Container:
             self._loop.remove_reader(self._control)
             return
         for frame in self._control_buffer.feed(data):
-            assignment = self._assignments.get(frame.seq) if isinstance(frame, Dropped) else None
+            assignment = self._runs.get(frame.seq) if isinstance(frame, Dropped) else None
             if assignment is not None and isinstance(frame, Dropped) and frame.given_back:
-                del self._assignments[frame.seq]
-                self._finish(assignment)
+                self._runs.remove(assignment)
                 self._listener.on_dropped(self, assignment)
 
     def _drain_pipe(self, pipe: int) -> None:
@@ -475,7 +501,7 @@ class Container:
                 return
             text = decoder.decode(self._allowed(data))
             if text:
-                only = next(iter(self._assignments.values())) if len(self._assignments) == 1 else None
+                only = self.assignments[0] if self.load == 1 and not self._retired else None
                 self._listener.on_output(self, only, stream, text)
 
     def _allowed(self, data: bytes) -> bytes:
@@ -535,10 +561,7 @@ class Container:
         if not (self.ready or self._start_failed) and (exit.out_of_memory or not (exit.killed or exit.lapsed)):
             kind = OutOfMemoryError if exit.out_of_memory else InternalFailure
             self._fail_start(failure(kind, f"its container {exit.text} while it started"))
-        lost = self.assignments
-        self._assignments.clear()
-        for assignment in lost:
-            self._finish(assignment)
+        lost = self._runs.clear()
         self._release()
         self._listener.on_exit(self, lost, exit)
         self._finished.set()
@@ -552,7 +575,7 @@ class Container:
         self._pipes.clear()
         self._loop.remove_reader(self._control)
         self._control.close()
-        self._mark.close()
+        self._marks.close()
         if self._transport is not None:
             self._transport.close()
         shutil.rmtree(self._scratch, ignore_errors=True)

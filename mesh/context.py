@@ -35,7 +35,7 @@ class Container:
     app: str
     function: str
     environment: str
-    announce_waiting: Callable[[bool], None]
+    announce_waiting: Callable[[int, bool], None]
 
 
 current: ContextVar[Running | None] = ContextVar("mesh_current", default=None)
@@ -88,7 +88,7 @@ _waiting_inputs: Counter[int] = Counter()  # how many calls each waits for: an a
 
 @contextlib.contextmanager
 def waiting_in_mesh() -> Generator[None]:
-    """Mark that the current input only waits for other calls, so that its container lends its place to them."""
+    """Mark that the current input only waits for other calls: a container of which all do lends its place to them."""
     running, here = current.get(), _container
     if running is None or here is None:
         yield
@@ -102,12 +102,12 @@ def waiting_in_mesh() -> Generator[None]:
 
 def _container_waits(container: Container, seq: int, change: int) -> None:
     with _waiting_lock:
-        before = bool(_waiting_inputs)
+        before = seq in _waiting_inputs
         _waiting_inputs[seq] += change
         if not _waiting_inputs[seq]:
             del _waiting_inputs[seq]
-        if bool(_waiting_inputs) != before:
-            container.announce_waiting(not before)
+        if (seq in _waiting_inputs) != before:
+            container.announce_waiting(seq, not before)
 
 
 _output_enabled = False

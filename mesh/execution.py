@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
-from mesh.container import Assignment, Exit
+from mesh.container import Exit
 from mesh.exception import InternalFailure, OutOfMemoryError
 from mesh.frames import Outcome
 from mesh.judge import Execution, Kind, cancelled
 from mesh.protocol import Failure, Format, State, failure
+from mesh.runs import Assignment
 
 TIMEOUT = "its timeout"
 ABANDONED = "abandoned"  # the worker stops: the input goes back
@@ -17,16 +18,18 @@ HALF_WAY = "the generator ended half-way, and is not begun again, since some of 
 
 def of_outcome(assignment: Assignment, outcome: Outcome) -> Execution:
     """What an outcome says, seen together with why the input was cancelled, if it was."""
-    started = time.time() - (time.monotonic() - assignment.began)
+    started = _started(assignment)
     if outcome.state == State.SUCCEEDED:
         kind, format = Kind.SUCCEEDED, Format(outcome.format)
         return Execution(kind=kind, format=format, body=outcome.body, started=started)
     if outcome.state == State.CANCELLED:
-        return _stopped(assignment, started)
+        return of_stop(assignment)
     return Execution(kind=Kind.FAILED, failure=Failure.decode(outcome.body), started=started)
 
 
-def _stopped(assignment: Assignment, started: float) -> Execution:
+def of_stop(assignment: Assignment) -> Execution:
+    """Why an input was interrupted says what came of it."""
+    started = _started(assignment)
     if assignment.stopped == TIMEOUT:
         return Execution(kind=Kind.TIMED_OUT, started=started)
     if assignment.stopped == ABANDONED:
@@ -38,18 +41,21 @@ def _stopped(assignment: Assignment, started: float) -> Execution:
 
 def of_loss(assignment: Assignment, exit: Exit) -> Execution:
     """The container ended while the input ran."""
-    started = time.time() - (time.monotonic() - assignment.began)
     if assignment.stopped:
-        return _stopped(assignment, started)
+        return of_stop(assignment)
     if assignment.work.generator:
         kind_of_error = OutOfMemoryError if exit.out_of_memory else InternalFailure
-        return _half_way(kind_of_error, f"container {exit.text}", started)
+        return _half_way(kind_of_error, f"container {exit.text}", _started(assignment))
     if exit.lapsed:
-        return Execution(kind=Kind.RETURNED, text=f"container {exit.text}", started=started)
+        return Execution(kind=Kind.RETURNED, text=f"container {exit.text}", started=_started(assignment))
     kind = Kind.OUT_OF_MEMORY if exit.out_of_memory else Kind.CRASHED
-    return Execution(kind=kind, text=f"container {exit.text}", started=started)
+    return Execution(kind=kind, text=f"container {exit.text}", started=_started(assignment))
 
 
 def _half_way(error: type[InternalFailure], text: str, started: float) -> Execution:
     """The end of a generator whose container is lost: not another try, as for other inputs."""
     return Execution(kind=Kind.FAILED, failure=failure(error, HALF_WAY.format(text)), started=started)
+
+
+def _started(assignment: Assignment) -> float:
+    return time.time() - (time.monotonic() - assignment.began)

@@ -43,6 +43,7 @@ class Start:
     construction: dict[str, Any]  # what the constructor of a class is called with
     bundle: str  # directory of the unpacked source, or empty
     result_limit: int  # bytes a result may have
+    max_inputs: int  # runs at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Work:
     keep_result: bool
     method: str  # of a class; empty for a function
     generator: bool = False  # its items go out as chunks, and their count is its value
+    batch: int = 0  # members of its batch still to come, itself included; 0 for an input that runs alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,9 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """All inputs of the container wait inside mesh (`remote`, `get`), or one of them goes on."""
+    """An input waits inside mesh (`remote`, `get`), or goes on."""
 
+    seq: int
     waiting: bool
 
 
@@ -237,9 +240,9 @@ class Buffer:
 # --- a page that both sides see --------------------------------------------------------------------------------------
 
 
-class BeginMark:
-    """When the container began its newest input. A busy machine may begin an input long after it was sent, and a frame
-    for each would be a tenth of what a short call costs; this the worker reads only when an input seems late.
+class BeginMarks:
+    """When the container began what it runs. A busy machine may begin an input long after it was sent, and a frame for
+    each would be a tenth of what a short call costs; this the worker reads only when an input seems late.
 
     Args:
         descriptor: of the file behind the page; `memfd` makes one. It may be closed afterwards.
@@ -248,25 +251,30 @@ class BeginMark:
     _BEGUN = struct.Struct("dq")  # in this order: a moment without its number is taken for that of an older input
 
     def __init__(self, descriptor: int) -> None:
-        self._page = mmap.mmap(descriptor, self._BEGUN.size)
+        self._page = mmap.mmap(descriptor, 0)
+        self._free = list(range(0, len(self._page), self._BEGUN.size))
 
     @classmethod
-    def memfd(cls) -> int:
-        """A file for a page, in memory alone."""
-        descriptor = os.memfd_create("mesh-begin-mark")
-        os.ftruncate(descriptor, cls._BEGUN.size)
+    def memfd(cls, runs: int) -> int:
+        """A file for a page, in memory alone, for as many runs at once."""
+        descriptor = os.memfd_create("mesh-begin-marks")
+        os.ftruncate(descriptor, cls._BEGUN.size * runs)
         return descriptor
 
-    def note(self, seq: int) -> None:
-        """The container begins this input."""
-        self._BEGUN.pack_into(self._page, 0, time.monotonic(), seq)
+    def note(self, seq: int) -> int:
+        """The container begins this input. Returns a place, to be given to `end`."""
+        place = self._free.pop()
+        self._BEGUN.pack_into(self._page, place, time.monotonic(), seq)
+        return place
+
+    def end(self, place: int) -> None:
+        """The input has ended."""
+        self._free.append(place)
 
     def began(self, seq: int) -> float | None:
-        """The monotonic time at which this input began; 0 if newer ones have begun since, `None` if it has not."""
-        moment, newest = self._BEGUN.unpack_from(self._page)
-        if newest < seq:
-            return None
-        return float(moment) if newest == seq else 0.0
+        """The monotonic time at which this input began; `None` if it has not, or has ended and others have begun."""
+        begun = (moment for moment, noted in self._BEGUN.iter_unpack(self._page) if noted == seq)
+        return next(begun, None)
 
     def close(self) -> None:
         self._page.close()

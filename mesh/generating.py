@@ -19,18 +19,18 @@ from mesh import serialization
 from mesh.exception import InputCancellation, InvalidError
 from mesh.flow import Outflow, pack_item
 from mesh.frames import Chunk, Credit, Work
-from mesh.wire import Cancels, Wire
+from mesh.wire import Wire
 
 _TOGETHER = 0.001  # seconds items are put together for, where they come that fast
 _LOOK_AGAIN = 0.2  # seconds between looks of a thread whether its input was cancelled
 
 
 class Generators:
-    """The generators that run in this container."""
+    """The generators that run in this container. `is_cancelled` tells of an input by its number."""
 
-    def __init__(self, wire: Wire, cancels: Cancels) -> None:
+    def __init__(self, wire: Wire, is_cancelled: Callable[[int], bool]) -> None:
         self._wire = wire
-        self._cancels = cancels
+        self._is_cancelled = is_cancelled
         self._outlets: dict[int, _Outlet] = {}
         wire.on_credit = self._on_credit
 
@@ -83,7 +83,7 @@ class Generators:
 
     @contextlib.contextmanager
     def _outlet(self, work: Work) -> Generator[_Outlet]:
-        outlet = _Outlet(self._wire, work.seq, lambda: work.seq in self._cancels.named)
+        outlet = _Outlet(self._wire, work.seq, lambda: self._is_cancelled(work.seq))
         self._outlets[work.seq] = outlet
         try:
             yield outlet

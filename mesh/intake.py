@@ -6,6 +6,7 @@ waits for a container.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mesh.worker")
 
+_TOO_EARLY = 0.001  # seconds that do not count: a clock's, and a timer's
+
 
 class Intake:
     """Takes the deliveries of one pool.
@@ -40,6 +43,7 @@ class Intake:
         self._worker = worker
         self._pool = pool
         self._of_removed: list[Held] = []
+        self._opened: Held | None = None
 
     def on_lease(self, lease: Lease) -> None:
         """An input was delivered."""
@@ -123,7 +127,41 @@ class Intake:
                 gone = failure(NotFoundError, self._pool.record.removed.reason)
                 self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=gone))
 
-    async def mark(self, held: Held) -> None:
+    def next_run(self) -> list[Held] | None:
+        """Take the inputs of the next run: one, or a batch. `None` where a batch is not full yet, and may still wait.
+
+        Empty where that they begin is to be written down first.
+        """
+        size = self._pool.spec.max_batch_size
+        if size is None:
+            inputs = [self.waiting.popleft()]
+        elif len(self.waiting) < size and not self._waited():
+            return None
+        else:
+            inputs = self._batch(size)
+        for held in inputs:
+            if not held.marked:
+                self._worker.background.spawn(self._mark(held))
+        return [held for held in inputs if held.marked]
+
+    def _waited(self) -> bool:
+        """Whether the first input has waited long enough for others; if not, the pool is fed when it has."""
+        first, loop = self.waiting[0], asyncio.get_running_loop()
+        left = first.since + self._pool.spec.wait_ms / 1000 - time.monotonic()
+        if left > _TOO_EARLY and self._opened is not first:
+            self._opened = first
+            loop.call_later(left, self._pool.feed)
+        return left <= _TOO_EARLY
+
+    def _batch(self, size: int) -> list[Held]:
+        """The first inputs, of one method."""
+        method = _function(self.waiting[0])
+        batch = [held for held in self.waiting if _function(held) == method][:size]
+        taken = set(batch)
+        self.waiting = deque(held for held in self.waiting if held not in taken)
+        return batch
+
+    async def _mark(self, held: Held) -> None:
         """Write down that an input begins, which was delivered before or is a generator's; then it may."""
         await self._worker.settler.mark_begun(held, self._worker.name)
         held.marked = True
@@ -135,3 +173,7 @@ class Intake:
             self._pool.settle(held, cancelled(held.cancelled))
         else:
             self.waiting.appendleft(held)
+
+
+def _function(held: Held) -> str:
+    return held.lease.address.function if held.lease.address is not None else ""

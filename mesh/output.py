@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import sys
 from typing import Any, TextIO
@@ -115,3 +116,12 @@ def replace_output(wire: Wire) -> tuple[Output, Output]:
     outputs = Output(wire, 1, 1), Output(wire, 2, 2)
     sys.stdout, sys.stderr = outputs
     return outputs
+
+
+def flush_c_output() -> None:
+    """What C code printed must not come after the outcome."""
+    if _libc is not None:
+        _libc.fflush(None)
+
+
+_libc: ctypes.CDLL | None = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from mesh import execution, placement, report
 from mesh.autoscaler import Load, containers_wanted
 from mesh.broker.leases import BUSY, IDLE
-from mesh.container import Assignment, Container, Exit, Flow
+from mesh.container import Container, Exit
 from mesh.exception import Error, InvalidError
 from mesh.frames import Outcome, Start, Work
 from mesh.intake import Intake
@@ -26,6 +26,7 @@ from mesh.judge import About, Execution, Kind, cancelled
 from mesh.placement import Size
 from mesh.protocol import CancelRequest, Failure, PoolKey, failure, method_of
 from mesh.records import FunctionRecord
+from mesh.runs import Assignment, Flow, Run
 from mesh.settle import Held
 from mesh.variant import Variant
 
@@ -167,8 +168,8 @@ class Pool:
             self.settle(self.intake.waiting.popleft(), cancelled(reason))
         for container in self.containers:
             for assignment in container.assignments:
-                assignment.stopped = reason
-            container.kill(reason)
+                container.cancel(assignment, reason)
+            container.stop()
 
     def hand_back(self, reason: str) -> None:
         """Give up the inputs that no container has: the worker is stopping, or somebody else has room."""
@@ -229,16 +230,14 @@ class Pool:
     def _assign(self) -> None:
         while self.intake.waiting:
             container = self._seat()
-            if container is None:
+            inputs = None if container is None else self.intake.next_run()
+            if container is None or inputs is None:
                 return
-            held = self.intake.waiting.popleft()
-            if held.marked:
-                self._give(container, held)
-            else:
-                self._worker.background.spawn(self.intake.mark(held))
+            if inputs:
+                self._give(container, inputs)
 
     def _seat(self) -> Container | None:
-        """A container that can take an input: an idle one, else one whose runs are short."""
+        """A container that can begin a run: an idle one, else the one with the fewest."""
         best: Container | None = None
         for container in self.containers:
             if self._room(container) > 0 and (best is None or container.load < best.load):
@@ -248,22 +247,41 @@ class Pool:
         return best
 
     def _room(self, container: Container) -> int:
-        """Inputs a container can take now."""
+        """Runs a container can take now."""
         if not container.ready or container.stopping or self._versions[container] != self.record.version:
             return 0
         if self.spec.single_use_containers:
             return 0 if container.load or container.served else 1
-        ahead = _READ_AHEAD if self._short and not self.spec.is_generator and container.running_for < _HOSTAGE else 0
-        return max(0, 1 + ahead - container.load)
+        return max(0, container.max_inputs + self._read_ahead(container) - container.runs)
+
+    def _read_ahead(self, container: Container) -> int:
+        """Inputs a container may hold besides what it runs: where that is one, and short."""
+        alone = container.max_inputs == 1 and self.spec.max_batch_size is None and not self.spec.is_generator
+        return _READ_AHEAD if alone and self._short and container.running_for < _HOSTAGE else 0
 
     @property
     def _short(self) -> bool:
         return self._median is not None and self._median < _SHORT
 
-    def _give(self, container: Container, held: Held) -> None:
+    def _give(self, container: Container, inputs: Sequence[Held]) -> None:
+        """Have a container run an input, or a batch."""
+        batched = self.spec.max_batch_size is not None
+        about = self._about()
+        assignments: list[Assignment] = []
+        for left, held in zip(range(len(inputs), 0, -1), inputs, strict=True):
+            work = self._work(held, left if batched else 0)
+            held.about = about
+            report.began(held, self._worker.name, container.name, work.attempt)
+            flow = self._flow(container, work) if work.generator else None
+            assignments.append(Assignment(work, held, self.spec.timeout, flow))
+        container.run(*assignments)
+        if self.spec.single_use_containers:
+            container.stop()
+
+    def _work(self, held: Held, batch: int) -> Work:
         input = held.lease.input
         assert input is not None
-        work = Work(
+        return Work(
             seq=self._worker.next_seq(),
             call=input.address.call,
             index=input.address.index,
@@ -274,13 +292,8 @@ class Pool:
             keep_result=input.keep_result,
             method=method_of(input.address.function),
             generator=input.generates,
+            batch=batch,
         )
-        held.about = self._about()
-        report.began(held, self._worker.name, container.name, work.attempt)
-        flow = self._flow(container, work) if input.generates else None
-        container.run(Assignment(work, held, self.spec.timeout, flow))
-        if self.spec.single_use_containers:
-            container.stop()
 
     def _flow(self, container: Container, work: Work) -> Flow:
         """Where the items of a generator go from its container."""
@@ -291,8 +304,9 @@ class Pool:
         """Start containers while the load wants more and there is room for them."""
         if self.unfit or self._resting() or self.refusal or self.record.removed is not None:
             return
-        behind = sum(max(0, c.load - 1) for c in serving)
-        load = Load(waiting=self.backlog + behind, running=sum(c.load > 0 for c in serving), duration=self._median)
+        behind = sum(c.behind for c in serving)
+        running = sum(c.load for c in serving) - behind
+        load = Load(waiting=self.backlog + behind, running=running, duration=self._median)
         missing = containers_wanted(load, self.spec) - len(serving)
         capacity = self._worker.capacity
         while missing > 0 and capacity.could_make_room(self) and self.share.reserve() and capacity.make_room(self):
@@ -323,7 +337,8 @@ class Pool:
         if self.record.removed is not None or self.refusal is not None:
             wanted = _REFUSED_BATCH
         else:
-            wanted = sum(self._room(c) if c.ready else 1 for c in serving)
+            size, coming = self.spec.batch_size, self.spec.inputs_wanted
+            wanted = sum(self._room(c) * size if c.ready else coming for c in serving)
             may_grow = self.share.open and not self.share.is_claiming and not self._resting()
             if may_grow and (not self._taking or self._worker.capacity.has_room(self)):
                 wanted += 1
@@ -335,7 +350,7 @@ class Pool:
 
     def _start_container(self) -> None:
         name, grace = self._worker.new_container_name(), self._worker.settings.cancel_grace
-        container = Container(name, self, grace, self._worker.memory)
+        container = Container(name, self, grace, self._worker.memory, self.spec.max_inputs)
         self.containers.append(container)
         self._worker.awake[self.key] = self
         self._versions[container] = self.record.version
@@ -356,6 +371,7 @@ class Pool:
                 code=code.to_json(),
                 bundle=str(bundle) if bundle else "",
                 result_limit=self._worker.broker.connection.inline_limit - _RESULT_HEADERS,
+                max_inputs=container.max_inputs,
             )
             variables = self._worker.container_variables(record.spec.env)
             if container.stopping:  # asked to while its code was being fetched
@@ -411,7 +427,7 @@ class Pool:
         """Take back inputs that wait behind one that runs long, or while another container idles."""
         idle = any(c.ready and not c.load and not c.stopping for c in self.containers)
         for container in self.containers:
-            if container.load > 1 and (idle or container.running_for > _HOSTAGE):
+            if container.behind and (idle or container.running_for > _HOSTAGE):
                 container.take_back()
 
     # --- what containers say (Listener) ------------------------------------------------------------------------------
@@ -436,8 +452,12 @@ class Pool:
             self._worker.capacity.on_idle(self, container)
         self.feed()
 
-    def on_timeout(self, container: Container, assignment: Assignment) -> None:
-        container.cancel(assignment, execution.TIMEOUT)
+    def on_timeout(self, container: Container, run: Run) -> None:
+        container.interrupt(run, execution.TIMEOUT)
+
+    def on_given_up(self, container: Container, assignment: Assignment) -> None:
+        self.settle(assignment.owner, execution.of_stop(assignment))
+        self.feed()
 
     def on_dropped(self, container: Container, assignment: Assignment) -> None:
         self.intake.put_back(assignment.owner)

@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,12 @@ class UserCode:
 
     Attributes:
         functions: by the name of the method; a plain function's is empty.
+        enter, exit: what runs before the first input, and after the last; each of them may be async.
     """
 
     functions: Mapping[str, Callable[..., Any]]
+    enter: Sequence[Callable[[], Any]] = ()
+    exit: Sequence[Callable[[], Any]] = ()
 
     def function(self, method: str) -> Callable[..., Any]:
         """What an input is given to.

@@ -236,13 +236,16 @@ class Worker:
         return ExitCode.SECOND_SIGNAL if self._signals > 1 else ExitCode.DRAINED
 
     async def _wait_for_containers(self) -> None:
-        """Until nothing runs, the grace is over, or there is a second signal."""
+        """Until all have ended, with their clean-up; the grace is over; or there is a second signal."""
         deadline = time.monotonic() + self.settings.grace
         for pool in self._pools.values():
             for container in list(pool.containers):
                 container.take_back()
-                container.stop()
-        while any(pool.running for pool in self._pools.values()) and self._signals < 2:
+                if container.ready:
+                    container.stop()
+                else:
+                    container.kill("the worker is stopping")
+        while any(c.ready for pool in self._pools.values() for c in pool.containers) and self._signals < 2:
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(0.02)
@@ -426,7 +429,7 @@ class Worker:
             assignment.owner.key
             for pool in self.awake.values()
             for container in pool.containers
-            for assignment in container.assignments[:1]
+            for assignment in container.assignments
             if assignment.began and time.monotonic() - assignment.began > _SEEN_AFTER
         )
 

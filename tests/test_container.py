@@ -10,11 +10,12 @@ import pytest
 
 from mesh import serialization
 from mesh.config import Settings
-from mesh.container import Assignment, Container, Exit, environment
+from mesh.container import Container, Exit, environment
 from mesh.frames import Outcome, Start, Work
 from mesh.memory import MemoryWatch
 from mesh.protocol import Failure
 from mesh.records import Code
+from mesh.runs import Assignment, Run
 from mesh.worker import Worker
 
 
@@ -42,8 +43,11 @@ class Listener:
     def on_waiting(self, container: Container) -> None:
         self.said.append("waiting")
 
-    def on_timeout(self, container: Container, assignment: Assignment) -> None:
+    def on_timeout(self, container: Container, run: Run) -> None:
         self.said.append("timeout")
+
+    def on_given_up(self, container: Container, assignment: Assignment) -> None:
+        self.said.append("given up")
 
     def on_exit(self, container: Container, lost: Sequence[Assignment], exit: Exit) -> None:
         self.said.append(exit.text)
@@ -61,6 +65,7 @@ def start_frame() -> Start:
         code=code.to_json(),
         bundle="",
         result_limit=1 << 20,
+        max_inputs=1,
     )
 
 

@@ -36,10 +36,10 @@ def outside() -> Iterator[None]:
 
 
 @pytest.fixture
-def announced() -> list[bool]:
+def announced() -> list[tuple[int, bool]]:
     """What the container told its worker; being one is part of it."""
-    told: list[bool] = []
-    context.enter_container(Container("shop", "f", "main", told.append))
+    told: list[tuple[int, bool]] = []
+    context.enter_container(Container("shop", "f", "main", lambda seq, waiting: told.append((seq, waiting))))
     return told
 
 
@@ -86,13 +86,13 @@ def test_a_thread_that_a_function_starts_knows_no_call_unless_given_the_context(
 # --- where -----------------------------------------------------------------------------------------------------------
 
 
-def test_everywhere_but_in_a_container_it_is_local(announced: list[bool]) -> None:
+def test_everywhere_but_in_a_container_it_is_local(announced: list[tuple[int, bool]]) -> None:
     assert not mesh.is_local()
     context._container = None
     assert mesh.is_local()
 
 
-def test_a_container_knows_its_app_function_and_environment(announced: list[bool]) -> None:
+def test_a_container_knows_its_app_function_and_environment(announced: list[tuple[int, bool]]) -> None:
     here = context.container()
     assert here is not None
     assert (here.app, here.function, here.environment) == ("shop", "f", "main")
@@ -101,39 +101,41 @@ def test_a_container_knows_its_app_function_and_environment(announced: list[bool
 # --- waiting for other calls -----------------------------------------------------------------------------------------
 
 
-def test_a_container_lends_its_place_while_its_input_waits_inside_mesh(announced: list[bool]) -> None:
+def test_a_container_lends_its_place_while_its_input_waits_inside_mesh(announced: list[tuple[int, bool]]) -> None:
     token = context.current.set(running())
     try:
         with waiting_in_mesh():
-            assert announced == [True]
-        assert announced == [True, False]
+            assert announced == [(1, True)]
+        assert announced == [(1, True), (1, False)]
     finally:
         context.current.reset(token)
 
 
-def test_it_takes_its_place_back_also_when_what_it_waited_for_raised(announced: list[bool]) -> None:
+def test_it_takes_its_place_back_also_when_what_it_waited_for_raised(announced: list[tuple[int, bool]]) -> None:
     token = context.current.set(running())
     try:
         with pytest.raises(ValueError), waiting_in_mesh():
             raise ValueError
     finally:
         context.current.reset(token)
-    assert announced == [True, False]
+    assert announced == [(1, True), (1, False)]
 
 
-def test_waiting_within_waiting_is_told_once(announced: list[bool]) -> None:
+def test_waiting_within_waiting_is_told_once(announced: list[tuple[int, bool]]) -> None:
     token = context.current.set(running())
     try:
         with waiting_in_mesh():
             with waiting_in_mesh():
                 pass
-            assert announced == [True]
+            assert announced == [(1, True)]
     finally:
         context.current.reset(token)
-    assert announced == [True, False]
+    assert announced == [(1, True), (1, False)]
 
 
-async def test_an_input_that_gathers_several_calls_waits_until_the_last_has_come(announced: list[bool]) -> None:
+async def test_an_input_that_gathers_several_calls_waits_until_the_last_has_come(
+    announced: list[tuple[int, bool]],
+) -> None:
     """Taking its place back after the first would keep the others from ever starting on a full worker."""
     first, last = asyncio.Event(), asyncio.Event()
 
@@ -146,13 +148,13 @@ async def test_an_input_that_gathers_several_calls_waits_until_the_last_has_come
     await asyncio.sleep(0)
     first.set()
     await calls[0]
-    assert announced == [True]
+    assert announced == [(1, True)]
     last.set()
     await calls[1]
-    assert announced == [True, False]
+    assert announced == [(1, True), (1, False)]
 
 
-def test_what_waits_elsewhere_lends_nothing(announced: list[bool]) -> None:
+def test_what_waits_elsewhere_lends_nothing(announced: list[tuple[int, bool]]) -> None:
     with waiting_in_mesh():  # code of the container that belongs to no input
         pass
     context._container = None

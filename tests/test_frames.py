@@ -16,7 +16,7 @@ from mesh import frames
 from mesh.frames import (
     HEADER_SIZE,
     MAX_FRAME,
-    BeginMark,
+    BeginMarks,
     BrokenFrameError,
     Buffer,
     Cancel,
@@ -35,21 +35,23 @@ from mesh.frames import (
     Work,
 )
 
-START = Start("shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, "/code/ab", 1 << 20)
-WORK = Work(7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "", False)
+START = Start(
+    "shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, "/code/ab", 1 << 20, 4
+)
+WORK = Work(7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3)
 
 GOLDEN: list[tuple[Frame, list[Any]]] = [
     (
         START,
-        [0, "shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, "/code/ab", 1 << 20],
+        [0, "shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, "/code/ab", 1 << 20, 4],
     ),
-    (WORK, [1, 7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "", False]),
+    (WORK, [1, 7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3]),
     (Stop(), [2]),
     (Ready(), [3]),
     (StartFailed(b"\x80"), [4, b"\x80"]),
     (Outcome(7, "succeeded", "json", b"1"), [5, 7, "succeeded", "json", b"1"]),
     (Log(7, 2, "line\n"), [6, 7, 2, "line\n"]),
-    (Waiting(True), [7, True]),
+    (Waiting(4, True), [7, 4, True]),
     (Cancel(7, False), [8, 7, False]),
     (Drop(7), [9, 7]),
     (Dropped(7, True), [10, 7, True]),
@@ -171,17 +173,22 @@ def test_frames_before_a_broken_one_still_count() -> None:
 # --- the page that both sides see ------------------------------------------------------------------------------------
 
 
-def test_the_worker_sees_when_the_container_began_its_newest_input() -> None:
-    descriptor = BeginMark.memfd()
-    container, worker = BeginMark(descriptor), BeginMark(descriptor)
+def test_the_worker_sees_when_the_container_began_each_of_its_inputs() -> None:
+    descriptor = BeginMarks.memfd(2)
+    container, worker = BeginMarks(descriptor), BeginMarks(descriptor)
     os.close(descriptor)
     assert worker.began(1) is None
     before = time.monotonic()
-    container.note(7)
-    began = worker.began(7)
-    assert began is not None
-    assert before <= began <= time.monotonic()
-    assert worker.began(6) == 0  # some time before
+    place = container.note(7)
+    container.note(6)
+    seven, six = worker.began(7), worker.began(6)
+    assert seven is not None
+    assert six is not None
+    assert before <= seven <= six <= time.monotonic()
+    container.end(place)
+    container.note(9)
+    assert worker.began(7) is None, "its place is another one's"
+    assert worker.began(6) == six
     assert worker.began(8) is None
-    for mark in (container, worker):
-        mark.close()
+    for marks in (container, worker):
+        marks.close()

@@ -21,8 +21,8 @@ LEVELS = [
     "_sync context client status",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
     "map reading sdk functions queue report deploy app",  # what users hold
-    "wire generating output usercode executor",  # containers, from inside
-    "memory machine placement container execution capacity autoscaler codecache",  # and from outside
+    "wire generating output usercode interrupts answers serving executor",  # containers, from inside
+    "memory machine placement runs container execution capacity autoscaler codecache",  # and from outside
     "examine sweep upkeep watch check slots intake pool deployed",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
     "cli __main__",
@@ -147,14 +147,14 @@ def test_only_serialization_pickles(package: str) -> None:
 
 def test_only_the_caller_and_the_container_turn_users_bytes_into_objects() -> None:
     readers = users("serialization", {"loads", "decode", "decode_arguments", "unpack_exception"})
-    assert readers == {"sdk", "executor", "usercode"}, (
+    assert readers == {"sdk", "answers", "usercode"}, (
         "unpickling runs whatever code the bytes ask for: a worker, which holds the credentials, must never do it"
     )
 
 
 def test_whoever_only_passes_users_bytes_on_does_not_know_serialization() -> None:
     knowing = {part(name) for name, path in MODULES.items() if "serialization" in ours(path.read_text())}
-    assert knowing == {"sdk", "executor", "generating", "usercode", "deploy"}, (
+    assert knowing == {"sdk", "answers", "generating", "usercode", "deploy"}, (
         "worker, broker and command line see users' data as bytes; so nobody unpickles by accident in a process that "
         "may do anything"
     )

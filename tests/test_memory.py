@@ -16,11 +16,12 @@ import cloudpickle
 import pytest
 
 from mesh import memory
-from mesh.container import Assignment, Container, Exit, environment
+from mesh.container import Container, Exit, environment
 from mesh.exception import InternalFailure, OutOfMemoryError
 from mesh.frames import Start, Work
 from mesh.memory import MIB, MemoryWatch
 from mesh.records import Code
+from mesh.runs import Assignment
 from tests.support import Mesh, until
 
 # --- what is counted -------------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ class Ends:
 
     def ignore(self, *_: object) -> None: ...
 
-    on_start_failed = on_outcome = on_dropped = on_output = on_waiting = on_timeout = ignore
+    on_start_failed = on_outcome = on_dropped = on_output = on_waiting = on_timeout = on_given_up = ignore
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ async def test_a_sigkill_while_the_system_kills_for_memory(
 ) -> None:
     (proc / "vmstat").write_text("oom_kill 3\n")
     code = Code(pickled=cloudpickle.dumps(lambda: time.sleep(600)), name="sleeps", python="3")
-    start = Start("a", "sleeps", "v", "main", "w", "c", code.to_json(), "", 1 << 20)
+    start = Start("a", "sleeps", "v", "main", "w", "c", code.to_json(), "", 1 << 20, 1)
     ends = Ends()
     container = Container("c", ends, 30, MemoryWatch())
     await container.start(start, environment({}, {}), 60, limit)
