@@ -63,6 +63,7 @@ def start_frame() -> Start:
         worker="w",
         container="c",
         code=code.to_json(),
+        construction={},
         bundle="",
         result_limit=1 << 20,
         max_inputs=1,

@@ -36,14 +36,27 @@ from mesh.frames import (
 )
 
 START = Start(
-    "shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, "/code/ab", 1 << 20, 4
+    "shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, {"a": 1}, "/code/ab", 1 << 20, 4
 )
 WORK = Work(7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3)
 
 GOLDEN: list[tuple[Frame, list[Any]]] = [
     (
         START,
-        [0, "shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, "/code/ab", 1 << 20, 4],
+        [
+            0,
+            "shop",
+            "resize",
+            "v1",
+            "main",
+            "w1",
+            "w1/1",
+            {"module": "shop", "name": "resize"},
+            {"a": 1},
+            "/code/ab",
+            1 << 20,
+            4,
+        ],
     ),
     (WORK, [1, 7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3]),
     (Stop(), [2]),

@@ -217,7 +217,7 @@ async def test_a_sigkill_while_the_system_kills_for_memory(
 ) -> None:
     (proc / "vmstat").write_text("oom_kill 3\n")
     code = Code(pickled=cloudpickle.dumps(lambda: time.sleep(600)), name="sleeps", python="3")
-    start = Start("a", "sleeps", "v", "main", "w", "c", code.to_json(), "", 1 << 20, 1)
+    start = Start("a", "sleeps", "v", "main", "w", "c", code.to_json(), {}, "", 1 << 20, 1)
     ends = Ends()
     container = Container("c", ends, 30, MemoryWatch())
     await container.start(start, environment({}, {}), 60, limit)
