@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -137,13 +137,13 @@ class Mesh:
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
-    def start_worker(self, *arguments: str, **variables: str) -> WorkerProcess:
-        """Start a worker; returns when it is ready."""
+    def start_worker(self, *arguments: str, inside: Sequence[str] = (), **variables: str) -> WorkerProcess:
+        """Start a worker, `inside` another command perhaps; returns when it is ready."""
         log = self.directory / f"worker-{len(self.workers)}.log"
         ours, theirs = socket.socketpair()
         with log.open("wb") as output, ours:
             process = subprocess.Popen(
-                [sys.executable, "-m", "mesh", "worker", "--ready-fd", str(theirs.fileno()), *arguments],
+                [*inside, sys.executable, "-m", "mesh", "worker", "--ready-fd", str(theirs.fileno()), *arguments],
                 env={**self.variables, **variables},
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
