@@ -186,6 +186,15 @@ def test_one_fault_explains_one_execution_more(tmp_path: Path) -> None:
     assert (sum(report.extra.values()), report.unexplained) == (1, 1)
 
 
+def test_one_more_than_the_cap_is_seen(tmp_path: Path) -> None:
+    book = story(tmp_path, (1.0, 10, 20))
+    (tmp_path / "seats").write_text("1.0 few 2 10 20\n1.5 single 0 11 20\n2.0 single -1 12 21\n")
+    book.read()
+    report = check(book, [], contents(), contents())
+    assert report.most_at_once == {"few": 3, "single": 2}
+    assert report.wrong == [("", "more than 1 ran single at 2.00: container 12 of worker 21")]
+
+
 def test_what_is_left_behind_is_seen(tmp_path: Path) -> None:
     after = contents(deployed=frozenset({"MESH_X"}), queued=(A,), unsettled=1, overdue=("KV_mesh_workers w",))
     assert wrong(story(tmp_path), after) == [

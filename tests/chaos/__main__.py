@@ -29,6 +29,7 @@ def figures(report: Report, seed: int, seconds: float) -> list[str]:
         f"doubled results   {report.doubled}",
         f"executions        {report.executions:,}",
         f"extra executions  {sum(report.extra.values())} ({extra or 'none'}), unexplained {report.unexplained}",
+        f"most at once      {', '.join(f'{name} {most}' for name, most in report.most_at_once.items())}",
         f"gets interrupted  {report.interrupted}",
         f"longest stall     {report.longest_stall:.1f} s",
         f"faults            {sum(report.faults.values())} ({faults})",

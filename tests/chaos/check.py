@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mesh.protocol import State
-from tests.chaos.kinds import KINDS
-from tests.chaos.ledger import Book, Call, Execution
+from tests.chaos.kinds import CAPS, KINDS
+from tests.chaos.ledger import Book, Call, Execution, Seat
 from tests.chaos.nemesis import Hit
 from tests.chaos.plan import Fault
 from tests.chaos.store import Contents, Ended
@@ -42,6 +42,7 @@ class Report:
     executions: int = 0
     extra: Counter[str] = field(default_factory=Counter[str])
     unexplained: int = 0
+    most_at_once: dict[str, int] = field(default_factory=dict[str, int])
     longest_stall: float = 0.0
     faults: Counter[str] = field(default_factory=Counter[str])
     wrong: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
@@ -60,6 +61,7 @@ def check(book: Book, hits: list[Hit], before: Contents, after: Contents) -> Rep
     _check_endings(calls, owners, after, report)
     _check_dead(after, report)
     _check_executions(owners, book.executions, hits, report)
+    _check_caps(book.seats, report)
     _check_leftovers(before, after, report)
     report.longest_stall = longest_stall(calls, after.results)
     if report.longest_stall > LONGEST_STALL:
@@ -165,6 +167,17 @@ def _explains(hit: Hit, tried: float, run: Execution, again: Execution) -> bool:
         return False
     interrupted = run.container in hit.containers and hit.end >= run.at
     return interrupted or hit.everyone or bool({run.worker, again.worker} & hit.workers)
+
+
+def _check_caps(seats: Iterable[Seat], report: Report) -> None:
+    """Every execution of a capped function found one of as many seats as it may have containers."""
+    report.most_at_once = dict.fromkeys(CAPS, 0)
+    for seat in seats:
+        at_once = CAPS[seat.function] + 1 if seat.number < 0 else seat.number + 1
+        report.most_at_once[seat.function] = max(report.most_at_once[seat.function], at_once)
+        if seat.number < 0:
+            where = f"container {seat.container} of worker {seat.worker}"
+            report.wrong.append(("", f"more than {CAPS[seat.function]} ran {seat.function} at {seat.at:.2f}: {where}"))
 
 
 def _check_leftovers(before: Contents, after: Contents, report: Report) -> None:

@@ -99,6 +99,7 @@ class Fleet:
             "MESH_CRASH_BUDGET": str(CRASH_BUDGET),
             "MESH_GRACE": "2",  # shorter than the slow calls, so that some are handed back
             "MESH_CANCEL_GRACE": "5",
+            "MESH_SLOT_TTL": "5",  # so that some stops outlast it
             "MESH_CALLER_SILENCE": "20",  # longer than any fault, so that only the dead are silent for so long
             "MESH_SWEEP_INTERVAL": "10",
             "MESH_SUBMIT_TIMEOUT": "2" if proxied else "30",  # so that some submissions stay without answer

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mesh
+from tests.chaos.kinds import CAPS
 
 app = mesh.App("chaos")
 
@@ -32,12 +36,37 @@ _WORKER = _worker()
 def _note(directory: str, nonce: str) -> None:
     """One line for one execution, in one write, so that lines of many processes never mix."""
     call, attempt = mesh.current_function_call_id(), mesh.current_attempt()
-    line = f"{time.time():.6f} {call} {attempt} {os.getpid()} {_WORKER} {nonce}\n"
-    file = os.open(f"{directory}/effects", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    _write(f"{directory}/effects", f"{time.time():.6f} {call} {attempt} {os.getpid()} {_WORKER} {nonce}")
+
+
+def _write(path: str, line: str) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        os.write(file, line.encode())
+        os.write(file, f"{line}\n".encode())
     finally:
         os.close(file)
+
+
+@contextmanager
+def _seat(directory: str, name: str) -> Iterator[None]:
+    """Take one of as many seats as the function may have containers, and write down which: -1 if there is none left.
+
+    A seat is a lock on a file, so the kernel frees it when whoever has it dies, and not before.
+    """
+    taken, file = -1, -1
+    for number in range(CAPS[name]):
+        file = os.open(f"{directory}/seat-{name}-{number}", os.O_WRONLY | os.O_CREAT, 0o600)
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = number
+            break
+        os.close(file)
+    _write(f"{directory}/seats", f"{time.time():.6f} {name} {taken} {os.getpid()} {_WORKER}")
+    try:
+        yield
+    finally:
+        if taken >= 0:
+            os.close(file)
 
 
 @app.function()
@@ -112,4 +141,22 @@ def sleepy(directory: str, nonce: str, n: int) -> int:
     """What clients cancel; sometimes it is faster, or they die before they do."""
     _note(directory, nonce)
     time.sleep(6)
+    return n * 2
+
+
+@app.function(max_containers=CAPS["single"], scaledown_window=2)
+def single(directory: str, nonce: str, n: int) -> int:
+    """Nobody else runs it meanwhile, on any worker."""
+    _note(directory, nonce)
+    with _seat(directory, "single"):
+        time.sleep(n % 100 / 1000)
+    return n * 2
+
+
+@app.function(max_containers=CAPS["few"], single_use_containers=True)
+def few(directory: str, nonce: str, n: int) -> int:
+    """At most so many run it, each in a container of its own."""
+    _note(directory, nonce)
+    with _seat(directory, "few"):
+        time.sleep(n % 300 / 1000)
     return n * 2

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 
 CANCELLED = "RemoteError"  # what `get` raises for a cancelled call
+CAPS = {"single": 1, "few": 3}  # `max_containers` of those that have one
 CRASH_BUDGET = 8  # of the workers; innocent calls must never use it up, and `crashing` must
 
 
@@ -36,7 +37,7 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind(name="quick", share=203),
+        Kind(name="quick", share=187),
         Kind(name="awaiting", share=60),
         Kind(name="slow", share=36),
         Kind(name="failing", share=30, error="ValueError"),
@@ -45,6 +46,8 @@ KINDS = {
         Kind(name="crashing_once", share=6, executions=2),
         Kind(name="large", share=16),
         Kind(name="sleepy", share=16, cancelled=True),
+        Kind(name="single", share=4),
+        Kind(name="few", share=12),
         Kind(name="late", share=8, error="FunctionTimeoutError"),
     )
 }

@@ -80,6 +80,17 @@ class Execution:
     nonce: str
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A seat of a capped function, as an execution of it found one: which, -1 if none was left."""
+
+    at: float
+    function: str
+    number: int
+    container: int
+    worker: int
+
+
 @dataclass(slots=True)
 class Book:
     """Everything that clients and functions have written so far; `read` takes what is new."""
@@ -87,6 +98,7 @@ class Book:
     directory: Path
     calls: dict[str, Call] = field(default_factory=dict[str, Call])
     executions: dict[str, list[Execution]] = field(default_factory=dict[str, list[Execution]])
+    seats: list[Seat] = field(default_factory=list[Seat])
     broken: list[str] = field(default_factory=list[str])
     interrupted: int = 0
     _offsets: dict[Path, int] = field(default_factory=dict[Path, int])
@@ -99,6 +111,10 @@ class Book:
             at, call, attempt, container, worker, nonce = text.split()
             execution = Execution(float(at), call, int(attempt), int(container), int(worker), nonce)
             self.executions.setdefault(call, []).append(execution)
+
+        for text in self._new_lines(self.directory / "seats"):
+            at, function, number, container, worker = text.split()
+            self.seats.append(Seat(float(at), function, int(number), int(container), int(worker)))
 
     def _new_lines(self, path: Path) -> Iterator[str]:
         """Whole lines only: a client may have been killed in the middle of one."""
