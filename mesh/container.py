@@ -15,8 +15,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +30,9 @@ from mesh.frames import (
     Credit,
     Drop,
     Dropped,
+    Ended,
     Frame,
+    Home,
     Log,
     Outcome,
     Ready,
@@ -42,6 +42,7 @@ from mesh.frames import (
     Waiting,
 )
 from mesh.memory import MIB, MemoryWatch
+from mesh.nursery import Nursery, Process
 from mesh.protocol import Failure, failure
 from mesh.runs import Assignment, Run, Runs
 
@@ -126,7 +127,13 @@ class Container:
     """
 
     def __init__(
-        self, name: str, listener: Listener, cancel_grace: float, watch: MemoryWatch, max_inputs: int = 1
+        self,
+        name: str,
+        listener: Listener,
+        cancel_grace: float,
+        watch: MemoryWatch,
+        nursery: Nursery,
+        max_inputs: int = 1,
     ) -> None:
         self.name = name
         self.started = time.monotonic()
@@ -138,19 +145,19 @@ class Container:
         self._listener = listener
         self._cancel_grace = cancel_grace
         self._watch = watch
+        self._nursery = nursery
+        self._process: Process | None = None
+        self._until = math.inf
         self._memory: int | None = None
         self.max_inputs = max_inputs
         self._runs = Runs(max_inputs)
         self._retired = False
-        self._has_process = False
         self._was_told = False
         self._transport: asyncio.Transport | None = None
         self._outgoing: list[bytes] = []
         self._finished = asyncio.Event()
         self._said_all = asyncio.Event()
         self._killed = ""
-        self._until = math.inf
-        self._lapse: asyncio.TimerHandle | None = None
         self._exceeded = False
         self._start_failed = False
         self._timers: list[asyncio.TimerHandle] = []
@@ -171,44 +178,56 @@ class Container:
         self._loop = asyncio.get_running_loop()
         self._scratch = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=folder))
         self._memory = memory
-        ours, theirs = socket.socketpair()
-        self._control, their_control = socket.socketpair()
-        pipes = [os.pipe(), os.pipe()]
-        own = {**variables, "MESH_TASK_ID": self.name}
-        page = frames.BeginMarks.memfd(self.max_inputs)
-        self._marks = frames.BeginMarks(page)
-        passed = (theirs.fileno(), their_control.fileno(), page)
-        self._process = subprocess.Popen(  # noqa: ASYNC220 - takes a millisecond; its end is seen through a pidfd
-            [sys.executable, "-P", "-m", "mesh.executor", *map(str, passed), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=pipes[0][1],
-            stderr=pipes[1][1],
-            pass_fds=passed,
-            cwd=self._scratch,
-            env=own,
-            start_new_session=True,
-        )
-        self._has_process = True
-        theirs.close()
-        their_control.close()
-        os.close(page)
-        for stream, (read, write) in enumerate(pipes, 1):
-            os.close(write)
-            os.set_blocking(read, False)
-            self._pipes[read] = stream, codecs.getincrementaldecoder("utf-8")("replace")
-            self._loop.add_reader(read, self._drain_pipe, read)
-        self._control.setblocking(False)
-        self._control_buffer = frames.Buffer()
-        self._loop.add_reader(self._control, self._on_control)
-        self._pidfd = os.pidfd_open(self._process.pid)
-        self._loop.add_reader(self._pidfd, self._on_process_end)
-        self._watch.enter(self._process.pid, None if memory is None else memory * MIB, self._on_memory_exceeded)
-        await self._loop.create_unix_connection(lambda: _Conversation(self), sock=ours)
+        own = {**variables, **self._nursery.mark, "MESH_TASK_ID": self.name}
+        conversation, passed = self._open()
+        try:
+            self._process = await self._nursery.fork(own, passed, self._until)
+        except BaseException:
+            conversation.close()
+            self._release()
+            raise
+        finally:
+            for descriptor in passed:
+                os.close(descriptor)
+        self._process.live_until(self._until)  # which may be another moment by now
+        self._process.ended.add_done_callback(self._on_process_end)
+        if self._killed:
+            self._process.kill()
+        self._watch.enter(self.pid, None if memory is None else memory * MIB, self._on_memory_exceeded)
+        await self._loop.create_unix_connection(lambda: _Conversation(self), sock=conversation)
+        self._send(Home(f"mesh container {self.name} {start.app}.{start.function}", str(self._scratch), own))
         self._send(start)
         self._was_told = True
         if self.stopping:
             self._say_stop()
         self._timers.append(self._loop.call_later(limit, self._start_took_too_long, limit))
+
+    def _open(self) -> tuple[socket.socket, list[int]]:
+        """What is between the worker and the process: our end of the conversation, and what the process gets."""
+        conversation, theirs = socket.socketpair()
+        self._control, their_control = socket.socketpair()
+        page = frames.BeginMarks.memfd(self.max_inputs)
+        self._marks = frames.BeginMarks(page)
+        self._control.setblocking(False)
+        self._control_buffer = frames.Buffer()
+        self._loop.add_reader(self._control, self._on_control)
+        passed = [theirs.detach(), their_control.detach(), page]
+        for stream in (1, 2):
+            read, write = os.pipe()
+            os.set_blocking(read, False)
+            self._pipes[read] = stream, codecs.getincrementaldecoder("utf-8")("replace")
+            self._loop.add_reader(read, self._drain_pipe, read)
+            passed.append(write)
+        return conversation, passed
+
+    def live_until(self, moment: float) -> None:
+        """Have it killed at this moment of the monotonic clock, unless told of a later one before.
+
+        Its zygote does that, also while the worker is paused or hangs; its `Exit` says that it `lapsed`.
+        """
+        self._until = moment
+        if self._process is not None:
+            self._process.live_until(moment)
 
     def _start_took_too_long(self, limit: float) -> None:
         if not self.ready and not self.stopping:
@@ -222,7 +241,8 @@ class Container:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        """Of its process; 0 before there is one."""
+        return self._process.pid if self._process is not None else 0
 
     @property
     def load(self) -> int:
@@ -343,11 +363,11 @@ class Container:
                 self._signal(Drop(assignment.work.seq))
 
     def _signal(self, frame: Cancel | Drop) -> None:
-        if self.exited or self._runs.get(frame.seq) is None:
+        if self._process is None or self.exited or self._runs.get(frame.seq) is None:
             return
         with contextlib.suppress(OSError):  # it is ending; its exit is reported by itself
             self._control.send(frames.encode(frame))
-            os.kill(self._process.pid, signal.SIGUSR1)
+            self._process.signal(signal.SIGUSR1)
 
     # --- ending ------------------------------------------------------------------------------------------------------
 
@@ -374,28 +394,14 @@ class Container:
     def kill(self, reason: str) -> None:
         """End it and everything it started, now."""
         self.stopping = True
-        if self._has_process and not self.exited:
+        if not self.exited:
             self._killed = self._killed or reason
-            self._kill_group()
-
-    def live_until(self, moment: float) -> None:
-        """Have it killed at this moment of the monotonic clock, unless told of a later one before: its `Exit` says that
-        it `lapsed`."""
-        self._until = moment
-        if self._lapse is not None:
-            self._lapse.cancel()
-        self._lapse = asyncio.get_running_loop().call_later(moment - time.monotonic(), self.kill, _LAPSED)
-
-    def _has_lapsed(self, code: int) -> bool:
-        return code == -signal.SIGKILL and self._killed in ("", _LAPSED) and time.monotonic() >= self._until
+            if self._process is not None:
+                self._process.kill()
 
     def _on_memory_exceeded(self) -> None:
         self._exceeded = True
         self.kill("out of memory")
-
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
 
     async def ended(self) -> None:
         """Wait until its process is gone and everyone has been told."""
@@ -528,16 +534,13 @@ class Container:
 
     # --- its end -----------------------------------------------------------------------------------------------------
 
-    def _on_process_end(self) -> None:
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        _, status, usage = os.wait4(self._process.pid, 0)
-        self._process.returncode = os.waitstatus_to_exitcode(status)
-        self._kill_group()  # what it started ends with it
-        peak = max(usage.ru_maxrss * 1024, self._watch.leave(self._process.pid))
-        code = self._process.returncode
-        lapsed = self._has_lapsed(code)
-        exit = Exit(code, self._killed, peak, "" if lapsed else self._out_of_memory(code), lapsed)
+    def _on_process_end(self, future: asyncio.Future[Ended]) -> None:
+        """What it started has been killed with it."""
+        ended = future.result()
+        code = os.waitstatus_to_exitcode(ended.status)
+        peak = max(ended.peak, self._watch.leave(self.pid))
+        out_of_memory = "" if ended.lapsed else self._out_of_memory(code)
+        exit = Exit(code, self._killed, peak, out_of_memory, ended.lapsed)
         self._ending = self._loop.create_task(self._end(exit))
 
     def _out_of_memory(self, code: int) -> str:
@@ -567,7 +570,7 @@ class Container:
         self._finished.set()
 
     def _release(self) -> None:
-        for timer in (*self._timers, *([self._lapse] if self._lapse else [])):
+        for timer in self._timers:
             timer.cancel()
         for pipe in self._pipes:
             self._loop.remove_reader(pipe)

@@ -26,12 +26,66 @@ class BrokenFrameError(Exception):
     """The other side wrote something that is no frame."""
 
 
+# --- worker to zygote, and back: a datagram each ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Fork a container. Its descriptors come along: sockets for frames and for cancels, page, stdout, stderr."""
+
+    number: int  # that both sides know it by
+    until: float  # as in `LiveUntil`; infinite where nothing limits it
+
+
+@dataclass(frozen=True, slots=True)
+class LiveUntil:
+    """Kill the container at this moment of the monotonic clock, unless told of a later one before."""
+
+    number: int
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """The container's process is there. A pidfd of it comes along."""
+
+    number: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotForked:
+    """The system refused another process."""
+
+    number: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The container's process has ended, and what it left behind was killed."""
+
+    number: int
+    status: int  # as of `wait`
+    peak: int  # the most memory it used, in bytes
+    lapsed: bool  # killed at the moment until which it was to live
+
+
 # --- worker to container ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
+class Home:
+    """What the process finds around it: the first frame, once. Its variables may be secrets; no zygote sees them."""
+
+    title: str  # that `ps` shows
+    directory: str
+    variables: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
-    """Become a container of this function: the first frame, once."""
+    """Become a container of this function: the second frame, once."""
 
     app: str  # name on the wire
     function: str
@@ -152,7 +206,27 @@ class Dropped:
     given_back: bool
 
 
-Frame = Start | Work | Stop | Ready | StartFailed | Outcome | Log | Waiting | Cancel | Drop | Dropped | Chunk | Credit
+Frame = (
+    Start
+    | Work
+    | Stop
+    | Ready
+    | StartFailed
+    | Outcome
+    | Log
+    | Waiting
+    | Cancel
+    | Drop
+    | Dropped
+    | Chunk
+    | Credit
+    | Home
+    | Fork
+    | LiveUntil
+    | Forked
+    | NotForked
+    | Ended
+)
 
 _KINDS: tuple[type[Any], ...] = (
     Start,
@@ -168,6 +242,12 @@ _KINDS: tuple[type[Any], ...] = (
     Dropped,
     Chunk,
     Credit,
+    Home,
+    Fork,
+    LiveUntil,
+    Forked,
+    NotForked,
+    Ended,
 )
 
 

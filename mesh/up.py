@@ -22,7 +22,8 @@ from pathlib import Path
 from mesh import background
 from mesh.config import Settings, note_running
 from mesh.exception import InvalidError, ServiceError
-from mesh.server import DEFAULT_PORT, Credentials, NatsServer, end_with_parent, find_nats_server, is_free, locked
+from mesh.processes import end_with_parent
+from mesh.server import DEFAULT_PORT, Credentials, NatsServer, find_nats_server, is_free, locked
 from mesh.worker import ExitCode, Worker
 
 logger = logging.getLogger("mesh.up")

@@ -55,7 +55,7 @@ def _find_function(start: Start) -> Callable[..., Any]:
     from mesh.records import Code
 
     if start.bundle:
-        sys.path.insert(0, start.bundle)
+        _go_first(start.bundle)
     code = Code.from_json(start.code)
     if code.by_value:
         function = serialization.loads(code.pickled)
@@ -76,6 +76,14 @@ def _find_function(start: Start) -> Callable[..., Any]:
         f"importing {code.entry!r} made no function {code.name!r}: it is defined there only under a condition that "
         "does not hold in a container"
     )
+
+
+def _go_first(bundle: str) -> None:
+    """Have imports find what is in the bundle before all else, also where something else of that name is loaded."""
+    sys.path.insert(0, bundle)
+    own = {entry.stem for entry in Path(bundle).iterdir()} - {"mesh", "__main__"}
+    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+        del sys.modules[name]
 
 
 def start_failure(error: BaseException, bundle: str) -> Failure:

@@ -37,6 +37,7 @@ from mesh.examine import Examiner
 from mesh.exception import Error
 from mesh.labels import parse_labels
 from mesh.memory import MemoryWatch
+from mesh.nursery import Nursery
 from mesh.placement import Offer, Size
 from mesh.pool import Pool
 from mesh.protocol import CancelRequest, PoolKey
@@ -86,6 +87,7 @@ class Worker:
         self.name = f"{host}-{secrets.token_hex(3)}"
         self.background = Background()
         self.memory = MemoryWatch()
+        self.nursery = Nursery()
         self.draining = False
         self.offer = _offer(self.name, settings)
         self.deployed = Deployed(self)
@@ -121,6 +123,7 @@ class Worker:
                 await self._startup()
         except BaseException:
             await self.background.cancel()
+            await self.nursery.close()
             await self.broker.close()
             self.scratch.close()
             raise
@@ -139,6 +142,7 @@ class Worker:
         self._stop.set()
 
     async def _startup(self) -> None:
+        self.nursery.warm(self.container_variables({}))
         await self.broker.ensure()
         self.ack_wait = await self.broker.ack_wait()
         self.settler = Settler(self.broker)
@@ -230,6 +234,7 @@ class Worker:
                 await self.broker.workers.withdraw(self._presence)
         await self.examiner.close()
         await self.background.cancel()
+        await self.nursery.close()
         await self.broker.close()
         self.scratch.close()
         logger.info("worker %s has stopped", self.name)

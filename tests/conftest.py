@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from mesh.nursery import Nursery
 from mesh.server import NatsServer
 from tests.support import Mesh, new_mesh
 
@@ -67,3 +68,11 @@ def own_server(tmp_path: Path) -> Iterator[Callable[..., NatsServer]]:
     yield start
     for one in started:
         one.kill()
+
+
+@pytest.fixture
+async def nursery() -> AsyncIterator[Nursery]:
+    """Where containers without a worker come from; at the end nothing of them is left."""
+    opened = Nursery()
+    yield opened
+    await opened.close()

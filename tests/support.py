@@ -64,6 +64,18 @@ def processes(text: str) -> list[int]:
     return found
 
 
+def children_of(parent: int, command: bytes = b"") -> list[int]:
+    """Ids of the processes that a process is the parent of, and whose command line begins so."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                is_child = int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+                if is_child and (entry / "cmdline").read_bytes().startswith(command):
+                    found.append(int(entry.name))
+    return found
+
+
 @dataclass
 class WorkerProcess:
     """A worker in a process of its own, with its log."""
@@ -90,17 +102,13 @@ class WorkerProcess:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout)
 
+    def zygotes(self) -> list[int]:
+        """Processes that its containers are forked from."""
+        return children_of(self.pid, b"mesh zygote")
+
     def containers(self) -> list[int]:
-        """Processes of its containers."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    command = (entry / "cmdline").read_bytes().split(b"\0")
-                    parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                    if b"mesh.executor" in command and int(parent) == self.pid:
-                        found.append(int(entry.name))
-        return found
+        """Processes of its containers. (Named once they have their first frame; what they leave is not named so.)"""
+        return [pid for zygote in self.zygotes() for pid in children_of(zygote, b"mesh container ")]
 
 
 @dataclass

@@ -321,6 +321,7 @@ def test_dead_callers_take_their_remote_calls_along(own_mesh: Callable[..., Mesh
     began(mesh, "spawned")
     running = caller(mesh, "caller", "waits", path, "running")
     began(mesh, "running")
+    next_one = module.detached.spawn(path, "next", 16)  # what takes the place that the running one will leave
     queued = caller(mesh, "caller", "stubborn", path, "queued")
     living: list[str] = []
     waiter = threading.Thread(target=lambda: living.append(module.waits.remote(path, "living", 0)))
@@ -332,6 +333,7 @@ def test_dead_callers_take_their_remote_calls_along(own_mesh: Callable[..., Mesh
     until(lambda: mesh.ledger().count("caught running CancelledError"), timeout=60)
     until(lambda: cancelled(mesh) == ["stubborn", "waits"], what="both, whoever held them")
     assert spawned.get(timeout=60) == "spawned"
+    next_one.get(timeout=60)
     waiter.join()
     assert living == ["living"]
     assert mesh.ledger().count("begin queued") == 0

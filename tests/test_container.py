@@ -13,6 +13,7 @@ from mesh.config import Settings
 from mesh.container import Container, Exit, environment
 from mesh.frames import Outcome, Start, Work
 from mesh.memory import MemoryWatch
+from mesh.nursery import Nursery
 from mesh.protocol import Failure
 from mesh.records import Code
 from mesh.runs import Assignment, Run
@@ -70,10 +71,10 @@ def start_frame() -> Start:
     )
 
 
-async def test_a_container_is_stopped_and_killed_before_it_is_started() -> None:
+async def test_a_container_is_stopped_and_killed_before_it_is_started(nursery: Nursery) -> None:
     """Its code is still being fetched, and room is wanted: its pool sees that it is stopping, and drops it."""
     listener = Listener()
-    container = Container("c", listener, 30, MemoryWatch())
+    container = Container("c", listener, 30, MemoryWatch(), nursery)
     container.stop()
     assert container.stopping
     container.kill("no more room")
@@ -81,10 +82,10 @@ async def test_a_container_is_stopped_and_killed_before_it_is_started() -> None:
 
 
 @pytest.mark.parametrize("turns", range(5))
-async def test_a_container_that_is_stopped_while_it_is_started_ends_well(turns: int) -> None:
+async def test_a_container_that_is_stopped_while_it_is_started_ends_well(turns: int, nursery: Nursery) -> None:
     """Whenever it is: before the conversation begins, or before the container was told what to be."""
     listener = Listener()
-    container = Container("c", listener, 30, MemoryWatch())
+    container = Container("c", listener, 30, MemoryWatch(), nursery)
     starting = asyncio.create_task(container.start(start_frame(), environment({}, {}), 30, None))
     for _ in range(1 + turns):
         await asyncio.sleep(0)
@@ -112,17 +113,17 @@ async def test_a_duty_that_fails_is_done_again() -> None:
     doing.cancel()
 
 
-async def test_an_input_that_has_run_is_not_given_back() -> None:
+async def test_an_input_that_has_run_is_not_given_back(nursery: Nursery) -> None:
     """Its outcome is under way when it is asked for back: given back, it would run twice."""
     listener = Listener()
-    container = Container("c", listener, 30, MemoryWatch())
+    container = Container("c", listener, 30, MemoryWatch(), nursery)
     await container.start(start_frame(), environment({}, {}), 60, None)
     async with asyncio.timeout(60):
         while "ready" not in listener.said:
             await asyncio.sleep(0.01)
     format, body = serialization.encode_arguments((["one"],), {})
     for seq in (1, 2):
-        work = Work(seq, "fc-1", 0, 1, "", format, body, True, "")
+        work = Work(seq, "fc-1", 0, 1, "", format, body, True, "", False)
         container.run(Assignment(work, None, 60.0))
     await asyncio.sleep(0)
     time.sleep(1.0)

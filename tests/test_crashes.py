@@ -100,9 +100,11 @@ POISON = """
 
     @app.function()
     def kill_the_worker(path):
+        with open(f"/proc/{os.getppid()}/stat") as stat:  # of the zygote, whose parent the worker is
+            worker = int(stat.read().rpartition(")")[2].split()[1])
         with open(path, "a") as file:
-            file.write(f"{os.getppid()}\\n")
-        os.kill(os.getppid(), signal.SIGKILL)
+            file.write(f"{worker}\\n")
+        os.kill(worker, signal.SIGKILL)
         time.sleep(60)
 
     @app.function()

@@ -24,8 +24,14 @@ from mesh.frames import (
     Credit,
     Drop,
     Dropped,
+    Ended,
+    Fork,
+    Forked,
     Frame,
+    Home,
+    LiveUntil,
     Log,
+    NotForked,
     Outcome,
     Ready,
     Start,
@@ -70,6 +76,12 @@ GOLDEN: list[tuple[Frame, list[Any]]] = [
     (Dropped(7, True), [10, 7, True]),
     (Chunk(7, b"\x92"), [11, 7, b"\x92"]),
     (Credit(7, 24), [12, 7, 24]),
+    (Home("mesh container", "/tmp/ta", {"A": "b"}), [13, "mesh container", "/tmp/ta", {"A": "b"}]),
+    (Fork(3, 12.5), [14, 3, 12.5]),
+    (LiveUntil(3, 12.5), [15, 3, 12.5]),
+    (Forked(3, 77), [16, 3, 77]),
+    (NotForked(3, "EAGAIN"), [17, 3, "EAGAIN"]),
+    (Ended(3, 256, 1 << 20, False), [18, 3, 256, 1 << 20, False]),
 ]
 IDS = [type(frame).__name__ for frame, _ in GOLDEN]
 

@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top. A module imports what stands below it, or before it on its own level.
 LEVELS = [
-    "exception labels parameters spec decorators config background scratch unbuilt",  # values
+    "exception labels parameters spec decorators config background processes scratch unbuilt",  # values
     "protocol variant flow frames records serialization bundle judge",  # bytes, on the wire and stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
     "map reading sdk functions queue report deploy app",  # what users hold
-    "wire generating output usercode interrupts answers serving executor",  # containers, from inside
-    "memory machine placement runs container execution capacity autoscaler codecache",  # and from outside
+    "wire generating output usercode interrupts answers serving executor zygote",  # containers, from inside
+    "memory machine placement runs nursery container execution capacity autoscaler codecache",  # and from outside
     "examine sweep upkeep watch check slots intake pool deployed",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
     "cli __main__",
@@ -169,9 +169,9 @@ def test_only_settings_read_the_environment() -> None:
             for n in ast.walk(tree_of(path.read_text()))
         )
     }
-    assert reading == {"config", "container", "up"}, (
+    assert reading == {"config", "container", "up", "zygote"}, (
         "a setting that another module reads has no origin that `mesh config show` could tell; "
-        "container and up only pass variables on to the processes they start"
+        "container and up only pass variables on to the processes they start, and zygote gives containers theirs"
     )
 
 

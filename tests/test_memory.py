@@ -20,6 +20,7 @@ from mesh.container import Container, Exit, environment
 from mesh.exception import InternalFailure, OutOfMemoryError
 from mesh.frames import Start, Work
 from mesh.memory import MIB, MemoryWatch
+from mesh.nursery import Nursery
 from mesh.records import Code
 from mesh.runs import Assignment
 from tests.support import Mesh, until
@@ -191,7 +192,7 @@ class Ends:
 
     def on_ready(self, container: Container) -> None:
         body = b'{"args": [], "kwargs": {}}'
-        work = Work(1, "fc-" + "0" * 26, 0, 1, "", "json", body, True, "")
+        work = Work(1, "fc-" + "0" * 26, 0, 1, "", "json", body, True, "", False)
         container.run(Assignment(work, None, 60))
         self.running.set()
 
@@ -213,13 +214,13 @@ class Ends:
     ],
 )
 async def test_a_sigkill_while_the_system_kills_for_memory(
-    proc: Path, kills: int, limit: int | None, text: str
+    proc: Path, nursery: Nursery, kills: int, limit: int | None, text: str
 ) -> None:
     (proc / "vmstat").write_text("oom_kill 3\n")
     code = Code(pickled=cloudpickle.dumps(lambda: time.sleep(600)), name="sleeps", python="3")
     start = Start("a", "sleeps", "v", "main", "w", "c", code.to_json(), {}, "", 1 << 20, 1)
     ends = Ends()
-    container = Container("c", ends, 30, MemoryWatch())
+    container = Container("c", ends, 30, MemoryWatch(), nursery)
     await container.start(start, environment({}, {}), 60, limit)
     await ends.running.wait()
     (proc / "vmstat").write_text(f"oom_kill {3 + kills}\n")

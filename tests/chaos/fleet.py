@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mesh.server import NatsServer, end_with_parent
+from mesh.processes import end_with_parent
+from mesh.server import NatsServer
 from tests.chaos.kinds import CRASH_BUDGET
 from tests.chaos.proxy import Proxy
 from tests.support import ROOT, Mesh, WorkerProcess, until
