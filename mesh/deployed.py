@@ -62,8 +62,7 @@ class Deployed:
         self._asked_for |= asked_for
         for app in set(self._heads) - set(heads):
             self._forget_app(app)
-        for head in heads.values():
-            await self._take_head(head)
+        await asyncio.gather(*map(self._take_head, heads.values()))
         for key in asked_for:
             self._set_own(key)
         self._forget_unasked()

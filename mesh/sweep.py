@@ -105,8 +105,9 @@ class Sweeper:
 
     async def removed(self) -> None:
         """Forget functions that were removed long ago and have nothing queued."""
+        recorded = await self.broker.registry.all_recorded()
         for app, head in (await self.broker.registry.heads()).items():
-            names = await self.broker.registry.recorded(app)
+            names = recorded.get(app, [])
             if len(names) == len(head.functions):
                 continue
             records = await self.broker.registry.functions(app, [name for name in names if name not in head.functions])

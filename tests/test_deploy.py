@@ -17,6 +17,7 @@ from nats.aio.subscription import Subscription
 from mesh import Function, FunctionCall
 from mesh.broker import Broker
 from mesh.exception import NotFoundError, RemoteError
+from mesh.sweep import Sweeper
 from tests.support import Mesh, until
 
 VERSION = """
@@ -106,6 +107,35 @@ def test_calls_of_a_removed_function_fail_with_the_reason(own_mesh: Callable[...
     with pytest.raises(NotFoundError, match="takes no more calls: function removed"):
         Function.from_name("removal", "gone").hydrate()
     assert module.other.remote() == 2
+
+
+def test_functions_removed_long_ago_are_forgotten(
+    own_mesh: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all apps, by whoever sweeps; those that are deployed stay, and so do those with calls queued."""
+    mesh = own_mesh()
+    kept = mesh.deploy(VERSION.format(name="kept", version=1, extra="queued"))
+    gone = mesh.deploy(VERSION.format(name="gone", version=1, extra="idle"))
+    call = kept.queued.spawn()
+    for module, name in ((kept, "kept"), (gone, "gone")):
+        mesh.redeploy(module, VERSION.format(name=name, version=2, extra="new"))
+
+    async def sweep(broker: Broker) -> tuple[dict[str, list[str]], set[str]]:
+        await Sweeper(broker, "w", 15, 60).removed()
+        return await broker.registry.all_recorded(), await broker.consumers.names()
+
+    recorded, _ = mesh.ask(sweep)
+    assert sorted(recorded["gone"]) == ["idle", "new", "work"], "not long ago"
+    monkeypatch.setattr("mesh.sweep.KEPT_REMOVED", -1.0)
+    recorded, consumers = mesh.ask(sweep)
+    assert {app: sorted(names) for app, names in recorded.items()} == {
+        "gone": ["new", "work"],
+        "kept": ["new", "queued", "work"],
+    }
+    assert {"gone+idle+_", "kept+queued+_"} & consumers == {"kept+queued+_"}
+    mesh.start_worker()
+    with pytest.raises(NotFoundError, match="function removed"):
+        call.get()
 
 
 def test_calls_of_a_stopped_app_fail_with_the_reason(own_mesh: Callable[..., Mesh]) -> None:

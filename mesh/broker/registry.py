@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import nats.js.errors
 from nats.aio.msg import Msg
@@ -75,30 +75,36 @@ class Registry:
 
     async def functions(self, app: str, functions: Iterable[str]) -> dict[str, FunctionRecord]:
         """The records of these functions of an app, by name. What cannot be read is left out."""
-        found = await self._bucket.get_many([self._topology.function_key(app, name) for name in functions])
+        found = await self._read({(app, name) for name in functions})
+        return {name: record for (_, name), record in found.items()}
+
+    async def _read(self, wanted: Collection[tuple[str, str]]) -> dict[tuple[str, str], FunctionRecord]:
+        """Records by app and function."""
+        found = await self._bucket.get_many([self._topology.function_key(*path) for path in wanted])
         records = {}
         for key, stored in found.items():
             try:
-                records[unescape(key.partition(".")[2])] = verify(FunctionRecord.decode(stored.body))
+                records[_path(key)] = verify(FunctionRecord.decode(stored.body))
             except Error:
                 continue
         return records
 
     async def recorded(self, app: str) -> list[str]:
         """Names of all functions of an app that have a record, also of those that were removed."""
-        keys = await self._bucket.keys(f"{escape(app)}.*")
-        return [unescape(key.partition(".")[2]) for key in keys]
+        return [_path(key)[1] for key in await self._bucket.keys(f"{escape(app)}.*")]
+
+    async def all_recorded(self) -> dict[str, list[str]]:
+        """The same of every app, in one request for thousands of functions."""
+        recorded: dict[str, list[str]] = {}
+        for app, name in map(_path, await self._bucket.keys("*.*")):
+            recorded.setdefault(app, []).append(name)
+        return recorded
 
     async def methods(self, pools: Iterable[PoolKey]) -> dict[PoolKey, tuple[str, ...]]:
         """Those of these pools whose function, or class, is recorded; with the methods of the class."""
-        found: dict[PoolKey, tuple[str, ...]] = {}
-        pools = set(pools)
-        for app in {pool.app for pool in pools}:
-            records = await self.functions(app, {pool.function for pool in pools if pool.app == app})
-            for pool in pools:
-                if pool.app == app and pool.function in records:
-                    found[pool] = tuple(records[pool.function].spec.methods or ())
-        return found
+        paths = {pool: (pool.app, pool.function) for pool in pools}
+        records = await self._read(set(paths.values()))
+        return {pool: tuple(records[path].spec.methods or ()) for pool, path in paths.items() if path in records}
 
     async def head(self, app: str) -> tuple[AppHead | None, int]:
         """The newest deployment of an app, and its sequence (0 if there is none)."""
@@ -172,6 +178,12 @@ class Registry:
     async def forget(self, app: str, function: str) -> None:
         """Forget a function that was removed."""
         await self._bucket.purge(self._topology.function_key(app, function))
+
+
+def _path(key: str) -> tuple[str, str]:
+    """App and function of a record's key."""
+    app, _, function = key.partition(".")
+    return unescape(app), unescape(function)
 
 
 class CodeStore:
