@@ -48,11 +48,14 @@ class Waiter:
 
         One clock serves all waiters: a timer for each would cost more than the rest of a short wait.
         """
-        loop = asyncio.get_running_loop()
-        self.look_at = loop.time() + pause
-        if self.future.done() and self.future.result() is None:
-            self.future = loop.create_future()
+        self.look_at = asyncio.get_running_loop().time() + pause
         return await self.future
+
+    def wake(self) -> None:
+        """End a wait without a result. One that comes from now on is the next wait's, also before that has begun."""
+        woken, self.future = self.future, asyncio.get_running_loop().create_future()
+        self.look_at = float("inf")
+        woken.set_result(None)
 
     def close(self) -> None:
         self._results.release(self)
@@ -187,7 +190,7 @@ class Results:
             now = loop.time()
             for waiter in [w for waiters in self._waiting.values() for w in waiters if w.look_at <= now]:
                 if not waiter.future.done():
-                    waiter.future.set_result(None)
+                    waiter.wake()
             if now >= reread_at:
                 await self._reread()
                 reread_at = now + REREAD * random.uniform(0.8, 1.2)
