@@ -7,6 +7,7 @@ waits for a container.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
@@ -133,16 +134,14 @@ class Intake:
         Empty where that they begin is to be written down first.
         """
         size = self._pool.spec.max_batch_size
-        if size is None:
-            inputs = [self.waiting.popleft()]
-        elif len(self.waiting) < size and not self._waited():
+        if size is not None and len(self.waiting) < size and not self._waited():
             return None
-        else:
-            inputs = self._batch(size)
-        for held in inputs:
-            if not held.marked:
-                self._worker.background.spawn(self._mark(held))
-        return [held for held in inputs if held.marked]
+        inputs = self._first_alike(size or 1)
+        unmarked = [held for held in inputs if not held.marked]
+        self._take(unmarked or inputs)
+        for held in unmarked:
+            self._worker.background.spawn(self._mark(held))
+        return [] if unmarked else inputs
 
     def _waited(self) -> bool:
         """Whether the first input has waited long enough for others; if not, the pool is fed when it has."""
@@ -153,13 +152,18 @@ class Intake:
             loop.call_later(left, self._pool.feed)
         return left <= _TOO_EARLY
 
-    def _batch(self, size: int) -> list[Held]:
+    def _first_alike(self, count: int) -> list[Held]:
         """The first inputs, of one method."""
         method = _function(self.waiting[0])
-        batch = [held for held in self.waiting if _function(held) == method][:size]
-        taken = set(batch)
-        self.waiting = deque(held for held in self.waiting if held not in taken)
-        return batch
+        alike = (held for held in self.waiting if _function(held) == method)
+        return list(itertools.islice(alike, count))
+
+    def _take(self, inputs: list[Held]) -> None:
+        if inputs == [self.waiting[0]]:
+            self.waiting.popleft()
+        else:
+            taken = set(inputs)
+            self.waiting = deque(held for held in self.waiting if held not in taken)
 
     async def _mark(self, held: Held) -> None:
         """Write down that an input begins, which was delivered before or is a generator's; then it may."""
