@@ -134,11 +134,12 @@ class Interrupts:
         with self._lock:
             self._begun = max(self._begun, seqs[-1])
             self._running[place] = frozenset(seqs)  # first of all: a cancel that comes now must find them
+            if not (self._named or self._dropped):
+                return seqs
             begun = [seq for seq in seqs if seq not in self._named and seq not in self._dropped]
-            if len(begun) < len(seqs):
-                self._running[place] = frozenset(begun)
-        if 0 < len(begun) < len(seqs):
-            self.interrupt()
+            self._running[place] = frozenset(begun)
+        if begun and self._named.issuperset(begun) and place.interrupt(forced=False):  # since that was looked at
+            raise _interruption()
         return begun
 
     def leave(self, place: Place) -> None:
@@ -191,4 +192,8 @@ class Interrupts:
                 if seqs and seqs <= self._named:
                     here = place.interrupt(forced=bool(seqs & self._forced)) or here
         if here:
-            raise InputCancellation("the input was cancelled, or ran out of time")
+            raise _interruption()
+
+
+def _interruption() -> InputCancellation:
+    return InputCancellation("the input was cancelled, or ran out of time")

@@ -115,7 +115,7 @@ class Runs:
 
     def next(self) -> Run | None:
         """The run that is to begin now, if one is."""
-        if self._begun >= min(self.limit, len(self._all)):
+        if self._begun >= self.limit or self._begun == len(self._all):
             return None
         run = next(run for run in self._all if not run.began)
         self._begun += 1

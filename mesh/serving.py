@@ -173,7 +173,7 @@ class Serving:
                     run.outcomes[work.seq] = self._off(work)
             if not begun:
                 return None
-        first = run.live[0]
+        first = run.live[0] if run.outcomes else run.works[0]
         context.current.set(Running(first.call, first.index, first.attempt, first.last_error, first.seq))
         return self._answers.call(run, self._code.function(first.method))
 
