@@ -6,6 +6,7 @@ from mesh import exception
 from mesh import functions as functions  # as in Modal, `mesh.functions.FunctionCall` works without an import of its own
 from mesh import queue as queue
 from mesh.app import App
+from mesh.cls import Cls, enter, exit, method, parameter
 from mesh.context import (
     current_attempt,
     current_function_call_id,
@@ -22,7 +23,6 @@ from mesh.spec import Cron, Period, Retries
 from mesh.unbuilt import (
     Client,
     CloudBucketMount,
-    Cls,
     Dict,
     Environment,
     Image,
@@ -36,12 +36,8 @@ from mesh.unbuilt import (
     Workspace,
     asgi_app,
     billing,
-    enter,
-    exit,
     fastapi_endpoint,
     forward,
-    method,
-    parameter,
     web_endpoint,
     web_server,
     wsgi_app,

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import math
 import sys
 import types
-import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, Self, TypeVar, cast, dataclass_transform, overload
 
 from mesh import context
 from mesh._sync import both, both_static, bridge
+from mesh.cls import Cls, describe_class, parameter
 from mesh.decorators import function_options
-from mesh.exception import DeprecationError, InvalidError, NotFoundError, UnimplementedError
-from mesh.labels import parse_gpu
+from mesh.exception import InvalidError, NotFoundError, UnimplementedError
+from mesh.options import read_options
 from mesh.sdk import Function
-from mesh.spec import Cron, FunctionSpec, Period, Retries, check_app_name, check_whole, parse_retries
+from mesh.spec import Cron, FunctionSpec, Period, Retries, check_app_name
 
 if TYPE_CHECKING:
     import asyncio
@@ -29,35 +28,12 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
+H = TypeVar("H", bound="Function[Any, Any] | Cls")
 
 logger = logging.getLogger("mesh")
 
 _apps: list[App] = []  # every App of this process, in the order they were made
-_warned: set[str] = set()
-
-# Options that only a cloud has: taken, so that code written for Modal runs, and told once that they do nothing here.
-_CLOUD_OPTIONS = (
-    "block_network",
-    "cloud",
-    "enable_memory_snapshot",
-    "ephemeral_disk",
-    "experimental_options",
-    "i6pn",
-    "nonpreemptible",
-    "proxy",
-    "region",
-    "restrict_modal_access",
-    "routing_region",
-)
-
-_RENAMED_OPTIONS = {
-    "concurrency_limit": "max_containers",
-    "container_idle_timeout": "scaledown_window",
-    "keep_warm": "min_containers",
-    "allow_concurrent_inputs": "@mesh.concurrent(max_inputs=…)",
-    "interactive": "",
-    "mounts": "image.add_local_dir(…)",
-}
 
 
 class _Decorator(Protocol):
@@ -71,6 +47,13 @@ class _Decorator(Protocol):
     def __call__(self, raw_f: Callable[P, Generator[R, Any, Any]], /) -> Function[P, R]: ...
     @overload
     def __call__(self, raw_f: Callable[P, R], /) -> Function[P, R]: ...
+
+
+class _ClassDecorator(Protocol):
+    """What `@app.cls(…)` is. For type checkers a class of the mesh is the class itself, with what `Cls` adds."""
+
+    @dataclass_transform(kw_only_default=False, field_specifiers=(parameter,))
+    def __call__(self, raw: type[T], /) -> type[T]: ...
 
 
 class LocalEntrypoint(Generic[P, R]):
@@ -92,14 +75,14 @@ class LocalEntrypoint(Generic[P, R]):
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A function as its App registered it.
+    """A function, or a class, as its App registered it.
 
     Attributes:
-        module: name of the module that applied the decorator. declared: the App's own name there.
-        by_value: `serialized=True`.
+        handle: what the name stands for in its module. module: name of the module that applied the decorator.
+        declared: the App's own name there. by_value: `serialized=True`.
     """
 
-    function: Function[Any, Any]
+    handle: Function[Any, Any] | Cls
     module: str
     declared: str | None
     by_value: bool
@@ -160,7 +143,8 @@ class App:
     @property
     def registered_functions(self) -> dict[str, Function[Any, Any]]:
         """Its functions by name."""
-        return {name: definition.function for name, definition in self._definitions.items()}
+        handles = {name: definition.handle for name, definition in self._definitions.items()}
+        return {name: handle for name, handle in handles.items() if isinstance(handle, Function)}
 
     @property
     def registered_entrypoints(self) -> dict[str, LocalEntrypoint[..., Any]]:
@@ -168,9 +152,10 @@ class App:
         return dict(self._entrypoints)
 
     @property
-    def registered_classes(self) -> dict[str, Any]:
+    def registered_classes(self) -> dict[str, Cls]:
         """Its classes by name."""
-        return {}
+        handles = {name: definition.handle for name, definition in self._definitions.items()}
+        return {name: handle for name, handle in handles.items() if isinstance(handle, Cls)}
 
     @property
     def registered_web_endpoints(self) -> list[str]:
@@ -279,35 +264,7 @@ class App:
         """
         if args:
             raise InvalidError("did you forget the parentheses? Write @app.function(), not @app.function")
-        given = dict(locals())
-        _refuse_old(old)
-        _warn_of_cloud_options({option: given[option] for option in _CLOUD_OPTIONS})
-        if max_inputs is not None:
-            check_whole("max_inputs", max_inputs, 1, math.inf)
-        if max_inputs == 1:
-            warnings.warn("max_inputs=1 is old; use single_use_containers=True", DeprecationWarning, stacklevel=2)
-            single_use_containers, max_inputs = True, None
-        options = {
-            "timeout": timeout,
-            "startup_timeout": startup_timeout,
-            "retries": parse_retries(retries),
-            "min_containers": min_containers,
-            "max_containers": max_containers,
-            "buffer_containers": buffer_containers,
-            "scaledown_window": scaledown_window,
-            "single_use_containers": single_use_containers,
-            "max_uses": max_inputs,
-            "recycle_memory": recycle_memory,
-            "gpu": parse_gpu(gpu),
-            "labels": labels,
-            "cpu": cpu[1] if isinstance(cpu, tuple) else cpu,
-            "memory": memory[1] if isinstance(memory, tuple) else memory,
-            "result_ttl": result_ttl,
-            "keep_result": keep_result,
-            "detach": detach,
-            "env": {key: value for key, value in (env or {}).items() if value is not None},
-        }
-        given_options = {key: value for key, value in options.items() if value is not None or key == "timeout"}
+        options = read_options("@app.function", locals(), old)
         unbuilt = self._unbuilt_options(image, schedule, secrets, volumes)
         frame = sys._getframe(1)
 
@@ -319,8 +276,7 @@ class App:
             if schedule is not None and _needs_arguments(raw):
                 raise InvalidError(f"schedule: {own_name!r} has parameters without default, and a schedule passes none")
             generator = _yields(raw) if is_generator is None else is_generator
-            all_options: dict[str, Any] = {**given_options, **function_options(raw)}
-            spec = FunctionSpec(name=own_name, is_generator=generator, **all_options)
+            spec = FunctionSpec(name=own_name, is_generator=generator, **{**options, **function_options(raw)})
             if unbuilt:
                 self._unbuilt[own_name] = unbuilt
             return self._register(Function(own_name, self, raw=raw, spec=spec), frame.f_globals["__name__"], serialized)
@@ -339,13 +295,11 @@ class App:
         }
         return ", ".join(option for option, value in asked.items() if value)
 
-    def _register(self, function: Function[Any, Any], module: str, serialized: bool) -> Function[Any, Any]:
-        if function.name in self._definitions:
-            logger.warning(
-                "app %s: function %r is defined twice; the later one counts", self.description, function.name
-            )
-        self._definitions[function.name] = Definition(function, module, self._name, serialized)
-        return function
+    def _register(self, handle: H, module: str, serialized: bool) -> H:
+        if handle.name in self._definitions:
+            logger.warning("app %s: %r is defined twice; the later one counts", self.description, handle.name)
+        self._definitions[handle.name] = Definition(handle, module, self._name, serialized)
+        return handle
 
     def local_entrypoint(
         self, *args: Any, name: str | None = None
@@ -368,9 +322,72 @@ class App:
 
         return decorate
 
-    def cls(self, *args: Any, **options: Any) -> Any:
-        """Not built yet."""
-        raise UnimplementedError("@app.cls is not built yet")
+    def cls(
+        self,
+        *args: Any,
+        image: object = None,
+        env: Mapping[str, str | None] | None = None,
+        secrets: Sequence[object] = (),
+        gpu: object = None,
+        serialized: bool = False,
+        volumes: Mapping[str, object] | None = None,
+        cpu: float | tuple[float, float] | None = None,
+        memory: int | tuple[int, int] | None = None,
+        ephemeral_disk: int | None = None,
+        min_containers: int | None = None,
+        max_containers: int | None = None,
+        buffer_containers: int | None = None,
+        scaledown_window: float | None = None,
+        proxy: object = None,
+        retries: int | Retries | None = None,
+        timeout: float = 300,
+        startup_timeout: float | None = None,
+        cloud: str | None = None,
+        region: object = None,
+        routing_region: str | None = None,
+        nonpreemptible: bool = False,
+        enable_memory_snapshot: bool = False,
+        block_network: bool = False,
+        restrict_modal_access: bool = False,
+        single_use_containers: bool = False,
+        i6pn: bool | None = None,
+        include_source: bool | None = None,
+        experimental_options: Mapping[str, object] | None = None,
+        max_inputs: int | None = None,
+        recycle_memory: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        result_ttl: float | None = None,
+        keep_result: bool = True,
+        detach: bool = False,
+        **old: Any,
+    ) -> _ClassDecorator:
+        """Make a class of the mesh out of a Python class: its containers hold an instance each, and run its methods.
+
+        Methods that can be called are marked with `@mesh.method()`; `@mesh.enter()` and `@mesh.exit()` mark what runs
+        when a container starts and ends, `mesh.parameter()` declares what the constructor takes. Each distinct set of
+        parameters has containers, and a `max_containers`, of its own. Options are those of `@app.function`.
+
+        Raises:
+            InvalidError: an option out of its range, or a class that cannot be one; the text says what to do.
+        """
+        if args:
+            raise InvalidError("did you forget the parentheses? Write @app.cls(), not @app.cls")
+        options = read_options("@app.cls", locals(), old)
+        unbuilt = self._unbuilt_options(image, None, secrets, volumes)
+        frame = sys._getframe(1)
+
+        def decorate(raw: type[T]) -> type[T]:
+            if not isinstance(raw, type):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+                raise TypeError(f"@app.cls() is for classes; for {raw!r} use @app.function()")
+            at_top = sys._getframe(1).f_code.co_name == "<module>"
+            _check_place(raw, raw.__name__, serialized, at_top)
+            if unbuilt:
+                self._unbuilt[raw.__name__] = unbuilt
+            handle = Cls(raw.__name__, self, raw=raw, spec=describe_class(raw, options))
+            self._register(handle, frame.f_globals["__name__"], serialized)
+            return cast("type[T]", handle)
+
+        return decorate
 
     def server(self, *args: Any, **options: Any) -> Any:
         """Not built yet."""
@@ -585,21 +602,6 @@ async def _shown_logs(broker: Broker, wire: str) -> AsyncGenerator[None, None]:
 
 
 # --- checks of what users pass ---------------------------------------------------------------------------------------
-
-
-def _refuse_old(old: Mapping[str, object]) -> None:
-    for option in old:
-        if option in _RENAMED_OPTIONS:
-            new = _RENAMED_OPTIONS[option]
-            raise DeprecationError(f"{option} is gone{f'; use {new}' if new else ''}")
-        raise TypeError(f"@app.function() has no option {option!r}")
-
-
-def _warn_of_cloud_options(given: Mapping[str, object]) -> None:
-    for option, value in given.items():
-        if value and option not in _warned:
-            _warned.add(option)
-            warnings.warn(f"{option}= does nothing here: only Modal's cloud has it", UserWarning, stacklevel=3)
 
 
 def _check_raw(raw: object) -> None:

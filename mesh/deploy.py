@@ -178,7 +178,7 @@ def describe(definition: Definition, source: Source, app: str) -> tuple[Function
         large = code.pickled
         code = dataclasses.replace(code, pickled=b"", digest=hashlib.sha256(large).hexdigest())
     digest = source.bundle.digest if source.bundle else ""
-    spec = definition.function.spec
+    spec = definition.handle.spec
     main = serialization.main_name()
     if spec.retries is not None and main is not None and not code.by_value:
         spec = dataclasses.replace(spec, retries=spec.retries.with_main_as(main))
@@ -199,7 +199,7 @@ def describe(definition: Definition, source: Source, app: str) -> tuple[Function
 
 def _code(definition: Definition, source: Source) -> tuple[Code, str]:
     """Where the function's code is, and what tells it apart from other code."""
-    name = definition.function.name
+    name = definition.handle.name
     module = source.entry if definition.module == "__main__" else definition.module
     if source.bundle is not None and not definition.by_value:
         if module.partition(".")[0] not in source.bundle.modules:
@@ -207,7 +207,7 @@ def _code(definition: Definition, source: Source) -> tuple[Code, str]:
         code = Code(module=module, entry=source.entry, app=definition.declared, name=name)
         return code, f"{module}:{definition.declared}:{name}"
     try:
-        pickled = serialization.dumps(definition.function.get_raw_f(), None)
+        pickled = serialization.dumps(definition.handle.get_raw_f(), None)
     except SerializationError as error:
         raise SerializationError(
             f"cannot send function {name!r} by value: {error}. Make it inside the function, or move the function to "

@@ -23,8 +23,7 @@ from mesh.protocol import CancelRequest, Input, Result, State, new_call_id
 if TYPE_CHECKING:
     from mesh.broker import Broker
     from mesh.broker.results import Waiter
-    from mesh.records import FunctionRecord
-    from mesh.sdk import Function, FunctionCall
+    from mesh.sdk import Function, FunctionCall, Target
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -83,8 +82,8 @@ async def outputs(function: Function[..., R], wanted: Wanted) -> AsyncGenerator[
         Exception: what the first input that failed raised, unless those are outputs; what an iterable raised; and what
             `Function.remote` raises. What is left is cancelled then, as it is when the generator is closed early.
     """
-    broker, record = await function._lookup()
-    running = _Running(function, broker, record, wanted)
+    broker, target = await function._lookup()
+    running = _Running(function, broker, target, wanted)
     driver = broker.background.spawn(running.drive())
     try:
         while batch := await running.take():
@@ -97,10 +96,10 @@ async def outputs(function: Function[..., R], wanted: Wanted) -> AsyncGenerator[
 class _Running(Generic[R]):
     """One call of several inputs under way: its driver submits and waits, its owner takes."""
 
-    def __init__(self, function: Function[..., R], broker: Broker, record: FunctionRecord, wanted: Wanted) -> None:
+    def __init__(self, function: Function[..., R], broker: Broker, target: Target, wanted: Wanted) -> None:
         self._function = function
         self._broker = broker
-        self._record = record
+        self._target = target
         self._wanted = wanted
         self._id = new_call_id(broker.token)
         self._source = self._open()
@@ -175,7 +174,7 @@ class _Running(Generic[R]):
             self._error = failed.exceptions[0]  # the others only followed
         finally:
             self._source.close()
-            if self._unsettled and not self._record.spec.detach:
+            if self._unsettled and not self._target.spec.detach:
                 await self._cancel_behind()
 
     async def _run(self, input: Input) -> None:
@@ -246,7 +245,7 @@ class _Running(Generic[R]):
                 raise
 
     def _call(self, index: int) -> FunctionCall[R]:
-        return self._function._call_of(self._broker, self._record, self._id, index)
+        return self._function._call_of(self._broker, self._target, self._id, index)
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
@@ -271,7 +270,7 @@ class _Running(Generic[R]):
 
     def _input(self, index: int, items: tuple[Any, ...]) -> Input:
         args, kwargs = self._wanted.arguments(items), dict(self._wanted.kwargs)
-        return self._function._input(self._broker, self._record, "map", args, kwargs, call=self._id, index=index)
+        return self._function._input(self._broker, self._target, "map", args, kwargs, call=self._id, index=index)
 
 
 # --- reading what may block ------------------------------------------------------------------------------------------

@@ -110,8 +110,8 @@ class Construction:
         return cls(tuple(from_json(values.get("args", []))), from_json(values.get("kwargs", {})))
 
 
-def bind(cls: str, parameters: Mapping[str, Parameter], given: Construction) -> Construction:
-    """Every parameter with its value, in the order of their names; empty where each has its default.
+def values_of(cls: str, parameters: Mapping[str, Parameter], given: Construction) -> dict[str, Any]:
+    """Every parameter of an instance with its value.
 
     Raises:
         TypeError: what Python's own constructors raise it for. InvalidError: a value of the wrong type.
@@ -131,9 +131,19 @@ def bind(cls: str, parameters: Mapping[str, Parameter], given: Construction) -> 
             raise TypeError(f"{cls}() needs a value for the parameter {name!r}")
     for name, value in values.items():
         parameters[name].check(name, value)
+    return {name: values.get(name, parameter.default) for name, parameter in parameters.items()}
+
+
+def bind(cls: str, parameters: Mapping[str, Parameter], given: Construction) -> Construction:
+    """What an instance is constructed with, every parameter included; nothing where each has its default.
+
+    Raises:
+        TypeError, InvalidError: as `values_of`.
+    """
+    values = values_of(cls, parameters, given)
     if all(value == parameters[name].default for name, value in values.items()):
         return Construction()
-    return Construction(kwargs={name: values.get(name, parameters[name].default) for name in sorted(names)})
+    return Construction(kwargs={name: values[name] for name in sorted(values) if parameters[name].init})
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:

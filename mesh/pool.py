@@ -28,6 +28,7 @@ from mesh.protocol import CancelRequest, Failure, PoolKey, failure, method_of
 from mesh.records import FunctionRecord
 from mesh.runs import Assignment, Flow, Run
 from mesh.settle import Held
+from mesh.spec import FunctionSpec
 from mesh.variant import Variant
 
 if TYPE_CHECKING:
@@ -356,9 +357,9 @@ class Pool:
         self._worker.awake[self.key] = self
         self._versions[container] = self.record.version
         self.share.take(container)
-        self._worker.background.spawn(self._start(container, self.record))
+        self._worker.background.spawn(self._start(container, self.record, self.spec))
 
-    async def _start(self, container: Container, record: FunctionRecord) -> None:
+    async def _start(self, container: Container, record: FunctionRecord, spec: FunctionSpec) -> None:
         try:
             code, bundle = await self._worker.code.prepare(record)
             start = Start(
@@ -374,13 +375,11 @@ class Pool:
                 result_limit=self._worker.broker.connection.inline_limit - _RESULT_HEADERS,
                 max_inputs=container.max_inputs,
             )
-            variables = self._worker.container_variables(record.spec.env)
+            variables = self._worker.container_variables(spec.env)
             if container.stopping:  # asked to while its code was being fetched
                 self._drop(container)
                 return
-            await container.start(
-                start, variables, record.spec.start_limit, record.spec.memory, self._worker.scratch.path
-            )
+            await container.start(start, variables, spec.start_limit, spec.memory, self._worker.scratch.path)
         except (Error, OSError) as error:
             self.on_start_failed(container, failure(type(error), str(error)))
             self._drop(container)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, ca
 
 from mesh import context, serialization
 from mesh._sync import both, both_generators, both_static
+from mesh.decorators import batching, concurrency
 from mesh.exception import (
     DeprecationError,
     DeserializationError,
@@ -26,6 +27,7 @@ from mesh.exception import (
     ServerWarning,
     UnimplementedError,
 )
+from mesh.options import read_variant_options
 from mesh.protocol import (
     SHARED_POOL,
     Address,
@@ -36,17 +38,19 @@ from mesh.protocol import (
     Result,
     State,
     call_time,
+    class_of,
     is_call_id,
     method_of,
     new_call_id,
 )
-from mesh.spec import FunctionSpec, check_name
+from mesh.spec import FunctionSpec, Retries, check_name
+from mesh.variant import Variant
 
 # asyncio, nats and all that needs them are imported at first use: together they take four times as long as the rest.
 if TYPE_CHECKING:
     from mesh.broker import Broker
     from mesh.broker.results import Waiter
-    from mesh.records import FunctionRecord
+    from mesh.records import FunctionRecord, PoolRecord
     from mesh.status import CallStatus
 
 P = ParamSpec("P")
@@ -96,6 +100,7 @@ class Function(Generic[P, R]):
         environment: str | None = None,
         raw: Callable[..., Any] | None = None,
         spec: FunctionSpec | None = None,
+        variant: Variant | None = None,
     ) -> None:
         """Not for users: `@app.function` and `from_name` make functions."""
         self._name = name
@@ -103,6 +108,8 @@ class Function(Generic[P, R]):
         self._environment = environment
         self._raw = raw
         self._spec = spec
+        self._variant = variant or Variant()
+        self._target: Target | None = None
         if raw is not None:
             self.__doc__ = raw.__doc__
             self.__module__ = raw.__module__
@@ -150,7 +157,7 @@ class Function(Generic[P, R]):
         await self._lookup(anew=True)
         return self
 
-    async def _lookup(self, *, anew: bool = False) -> tuple[Broker, FunctionRecord]:
+    async def _lookup(self, *, anew: bool = False) -> tuple[Broker, Target]:
         from mesh import client
 
         app = self._home.wire_name()
@@ -161,12 +168,17 @@ class Function(Generic[P, R]):
                 "look it up with mesh.Function.from_name"
             )
         broker = await client.broker(self._environment_name())
-        record = await broker.registry.known(app, self._name, anew=anew)
+        record = await broker.registry.known(app, class_of(self._name), anew=anew)
         if record is None:
             raise NotFoundError(await _lookup_failed(broker, app, self._name))
         if record.removed is not None:
             raise NotFoundError(f"function {self._name!r} of app {app!r} takes no more calls: {record.removed.reason}")
-        return broker, record
+        target = self._target
+        if target is None or target.record is not record:
+            target = self._target = _target(record, self._name, self._variant)
+        if target.pool != SHARED_POOL:
+            await broker.pools.register(target.registration(broker.client))
+        return broker, target
 
     def _environment_name(self) -> str | None:
         if self._environment is not None:
@@ -189,8 +201,8 @@ class Function(Generic[P, R]):
             ResourceExhaustedError: the queue is full; nothing was accepted.
             ConnectionError: no answer from the server; the call may have been accepted.
         """
-        broker, record = await self._lookup()
-        input = self._input(broker, record, "spawn", args, kwargs)
+        broker, target = await self._lookup()
+        input = self._input(broker, target, "spawn", args, kwargs)
         await broker.calls.submit(input)
         return FunctionCall(input.address.call, environment=broker.topology.environment, address=input.address)
 
@@ -207,8 +219,8 @@ class Function(Generic[P, R]):
         """
         import asyncio
 
-        broker, record = await self._lookup()
-        input = self._input(broker, record, "remote", args, kwargs)
+        broker, target = await self._lookup()
+        input = self._input(broker, target, "remote", args, kwargs)
         call = FunctionCall[R](input.address.call, environment=broker.topology.environment, address=input.address)
         with context.waiting_in_mesh():
             waiter = await broker.results.expect(input.address.key)
@@ -247,7 +259,7 @@ class Function(Generic[P, R]):
     def _input(
         self,
         broker: Broker,
-        record: FunctionRecord,
+        target: Target,
         kind: str,
         args: tuple[object, ...],
         kwargs: dict[str, object],
@@ -256,14 +268,14 @@ class Function(Generic[P, R]):
         index: int = 0,
     ) -> Input:
         """An input of a new call, or another one of the call of several inputs that is named."""
-        spec = record.spec
+        spec = target.spec
         self._check_kind(kind, spec)
         main = serialization.main_name()
-        main_as = main if main is not None and main.partition(".")[0] in record.modules else None
+        main_as = main if main is not None and main.partition(".")[0] in target.record.modules else None
         format, body = serialization.encode_arguments(args, kwargs, main_as)
         running = context.current.get()
         return Input(
-            address=Address(record.app, self._name, SHARED_POOL, call or new_call_id(broker.token), index),
+            address=target.address(call or new_call_id(broker.token), index),
             body=body,
             format=format,
             kind=kind,
@@ -283,9 +295,9 @@ class Function(Generic[P, R]):
         if kind == "generator" and not is_generator:
             raise InvalidError(f"{self._name!r} is no generator function: use .remote(), not .remote_gen()")
 
-    def _call_of(self, broker: Broker, record: FunctionRecord, call: str, index: int) -> FunctionCall[R]:
+    def _call_of(self, broker: Broker, target: Target, call: str, index: int) -> FunctionCall[R]:
         """A handle on one input of a call of several."""
-        address = Address(record.app, self._name, SHARED_POOL, call, index)
+        address = target.address(call, index)
         return FunctionCall(call, environment=broker.topology.environment, address=address)
 
     @both_generators
@@ -408,6 +420,67 @@ class Function(Generic[P, R]):
         )
         return outputs(self, wanted)
 
+    # --- the same function with other options ------------------------------------------------------------------------
+
+    def with_options(
+        self,
+        *,
+        cpu: float | tuple[float, float] | None = None,
+        memory: int | tuple[int, int] | None = None,
+        gpu: object = None,
+        env: Mapping[str, str | None] | None = None,
+        secrets: object = None,
+        volumes: object = None,
+        retries: int | Retries | None = None,
+        max_containers: int | None = None,
+        buffer_containers: int | None = None,
+        scaledown_window: float | None = None,
+        timeout: float | None = None,
+        region: object = None,
+        cloud: str | None = None,
+        routing_region: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        result_ttl: float | None = None,
+        keep_result: bool | None = None,
+        detach: bool | None = None,
+    ) -> Function[P, R]:
+        """The same function with other options, of which this handle is left as it is: those of `@app.function`.
+
+        Its calls have containers, and a `max_containers`, of their own, which they share with all that are made with
+        the same options, by whomever; `min_containers` is not for them. What is not given stays as it is; options of
+        several calls add up, and `env` and `labels` replace. `result_ttl`, `keep_result` and `detach` shape the calls
+        alone, which then go to the same containers.
+
+        Raises:
+            InvalidError: an option out of its range; on a method, whose class has the options.
+        """
+        options = locals()
+        if secrets or volumes:
+            raise UnimplementedError("with_options(secrets=…, volumes=…) is not built yet")
+        return self._with("with_options", read_variant_options(options))
+
+    def with_concurrency(self, *, max_inputs: int, target_inputs: int | None = None) -> Function[P, R]:
+        """The same function, whose containers run so many inputs at once; as `@mesh.concurrent` says it."""
+        return self._with("with_concurrency", concurrency(max_inputs, target_inputs))
+
+    def with_batching(self, *, max_batch_size: int, wait_ms: int) -> Function[P, R]:
+        """The same function, run for so many inputs together; as `@mesh.batched` says it."""
+        return self._with("with_batching", batching(max_batch_size, wait_ms))
+
+    def _with(self, method: str, options: Mapping[str, Any]) -> Function[P, R]:
+        if method_of(self._name):
+            raise InvalidError(
+                f"{self._name!r} is a method: options are those of its class, {class_of(self._name)}.{method}(…)"
+            )
+        return Function(
+            self._name,
+            self._home,
+            environment=self._environment,
+            raw=self._raw,
+            spec=self._spec,
+            variant=self._variant.with_options(options),
+        )
+
     # --- what a handle says of itself --------------------------------------------------------------------------------
 
     @property
@@ -449,7 +522,8 @@ class Function(Generic[P, R]):
         app = self._home.wire_name()
         if app is None:
             raise InvalidError(f"{self!r} cannot be sent: its app is not running, so nobody could call it")
-        return _function_handle, (app, self._name, self._environment_name() or _configured_environment())
+        environment = self._environment_name() or configured_environment()
+        return _function_handle, (app, self._name, environment, self._variant)
 
     # --- what later issues build -------------------------------------------------------------------------------------
 
@@ -460,17 +534,6 @@ class Function(Generic[P, R]):
         """Not built yet."""
         raise self._not_built("spawn_map")
 
-    def with_options(self, **options: Any) -> Any:
-        """Not built yet."""
-        raise self._not_built("with_options")
-
-    def with_concurrency(self, **options: Any) -> Any:
-        """Not built yet."""
-        raise self._not_built("with_concurrency")
-
-    def with_batching(self, **options: Any) -> Any:
-        """Not built yet."""
-        raise self._not_built("with_batching")
 
     def update_autoscaler(self, **options: Any) -> Any:
         """Not built yet."""
@@ -485,15 +548,52 @@ class Function(Generic[P, R]):
         raise self._not_built("get_web_url")
 
 
-def _configured_environment() -> str:
+def configured_environment() -> str:
+    """The environment that calls go to where nothing else is said."""
     from mesh import client
 
     return client.settings().environment
 
 
-def _function_handle(app: str, name: str, environment: str) -> Function[..., Any]:
+def _function_handle(app: str, name: str, environment: str, variant: Variant | None = None) -> Function[..., Any]:
     """A handle that came in a pickle; also of an app of a single run, which `from_name` would refuse."""
-    return Function(name, Elsewhere(app), environment=environment)
+    return Function(name, Elsewhere(app), environment=environment, variant=variant)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the calls of a handle go to, as it is deployed now.
+
+    Attributes:
+        name: of the function, or the method. spec: the options in force. variant: what the pool's name stands for.
+    """
+
+    record: FunctionRecord
+    name: str
+    spec: FunctionSpec
+    variant: Variant
+    pool: str
+
+    def address(self, call: str, index: int) -> Address:
+        return Address(self.record.app, self.name, self.pool, call, index)
+
+    def registration(self, client: str) -> PoolRecord:
+        """What workers are told of the pool."""
+        from mesh.records import PoolRecord
+
+        function = class_of(self.name)
+        return PoolRecord(app=self.record.app, function=function, pool=self.pool, variant=self.variant, client=client)
+
+
+def _target(record: FunctionRecord, name: str, variant: Variant) -> Target:
+    spec, method = record.spec, method_of(name)
+    if method and spec.methods is None:
+        raise NotFoundError(f"{spec.name!r} of app {record.app!r} is a function, which has no method {method!r}")
+    if method and method not in (spec.methods or ()):
+        known = ", ".join(sorted(spec.methods or ()))
+        raise NotFoundError(f"class {spec.name!r} of app {record.app!r} has no method {method!r}; it has {known}")
+    bound = variant.of(spec)
+    return Target(record, name, bound.apply(spec), bound, bound.pool)
 
 
 async def _lookup_failed(broker: Broker, app: str, name: str) -> str:

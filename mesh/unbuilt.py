@@ -31,10 +31,6 @@ class CloudBucketMount(metaclass=_Unbuilt):
     """Only Modal's cloud has it."""
 
 
-class Cls(metaclass=_Unbuilt):
-    """Not built yet."""
-
-
 class Dict(metaclass=_Unbuilt):
     """Not built yet."""
 
@@ -108,16 +104,6 @@ def asgi_app(*args: Any, **options: Any) -> Any:
     _refuse("asgi_app")
 
 
-def enter(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("enter")
-
-
-def exit(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("exit")
-
-
 def fastapi_endpoint(*args: Any, **options: Any) -> Any:
     """Not built yet."""
     _refuse("fastapi_endpoint")
@@ -126,16 +112,6 @@ def fastapi_endpoint(*args: Any, **options: Any) -> Any:
 def forward(*args: Any, **options: Any) -> Any:
     """Only Modal's cloud has it."""
     _refuse("forward")
-
-
-def method(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("method")
-
-
-def parameter(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("parameter")
 
 
 def web_server(*args: Any, **options: Any) -> Any:

@@ -46,11 +46,25 @@ class UserCode:
 
 def load(start: Start) -> UserCode:
     """Import what the container is to run. Whatever that raises is the user's."""
-    return UserCode(functions={"": _find_function(start)})
+    found = _find(start)
+    return _instance(found, start) if isinstance(found, type) else UserCode(functions={"": found})
 
 
-def _find_function(start: Start) -> Callable[..., Any]:
-    """The user's function, imported for real. Whatever that raises is the user's."""
+def _instance(cls: type, start: Start) -> UserCode:
+    """An instance of the user's class, and what of it can be run."""
+    from mesh.cls import construct, hooks_of, methods_of
+    from mesh.parameters import Construction
+
+    instance = construct(cls, Construction.from_json(start.construction))
+    return UserCode(
+        functions={name: member.raw.__get__(instance, cls) for name, member in methods_of(cls).items()},
+        enter=[getattr(instance, name) for name in hooks_of(cls, "enter")],
+        exit=[getattr(instance, name) for name in hooks_of(cls, "exit")],
+    )
+
+
+def _find(start: Start) -> Callable[..., Any]:
+    """The user's function or class, imported for real."""
     from mesh import app  # here, because what is imported before the user's code delays every container
     from mesh.records import Code
 
@@ -58,12 +72,7 @@ def _find_function(start: Start) -> Callable[..., Any]:
         _go_first(start.bundle)
     code = Code.from_json(start.code)
     if code.by_value:
-        function = serialization.loads(code.pickled)
-        if not callable(function):
-            raise DeserializationError(
-                f"the code of {start.function!r} is not a function but {type(function).__name__}"
-            )
-        return function  # type: ignore[no-any-return]  # callable was just checked
+        return _by_value(code.pickled, start)
     for module in dict.fromkeys((code.module, code.entry)):
         importlib.import_module(module)
         found = app.find_definition(code.name, code.app)
@@ -71,7 +80,7 @@ def _find_function(start: Start) -> Callable[..., Any]:
             owner, definition = found
             for running in (owner, *app.including(owner)):
                 running.run_as(start.app)
-            return definition.function.get_raw_f()
+            return definition.handle.get_raw_f()
     raise ExecutionError(
         f"importing {code.entry!r} made no function {code.name!r}: it is defined there only under a condition that "
         "does not hold in a container"
@@ -84,6 +93,18 @@ def _go_first(bundle: str) -> None:
     own = {entry.stem for entry in Path(bundle).iterdir()} - {"mesh", "__main__"}
     for name in [name for name in sys.modules if name.partition(".")[0] in own]:
         del sys.modules[name]
+
+
+def _by_value(pickled: bytes, start: Start) -> Callable[..., Any]:
+    from mesh.cls import Cls, describe_class
+    from mesh.sdk import Elsewhere
+
+    found = serialization.loads(pickled)
+    if not callable(found):
+        raise DeserializationError(f"the code of {start.function!r} is not a function but {type(found).__name__}")
+    if isinstance(found, type):  # its methods call each other by the class's handle
+        Cls(start.function, Elsewhere(start.app), raw=found, spec=describe_class(found, {}))
+    return found  # type: ignore[no-any-return]  # callable was just checked
 
 
 def start_failure(error: BaseException, bundle: str) -> Failure:

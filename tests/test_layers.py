@@ -20,7 +20,7 @@ LEVELS = [
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
-    "map reading sdk functions queue report deploy app",  # what users hold
+    "options map reading sdk functions queue cls report deploy app",  # what users hold
     "wire generating output usercode interrupts answers serving executor zygote",  # containers, from inside
     "memory machine placement runs nursery container execution capacity autoscaler codecache",  # and from outside
     "examine sweep upkeep watch check slots intake pool deployed",  # what a worker does, and `mesh check`
