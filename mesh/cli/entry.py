@@ -14,11 +14,64 @@ from types import ModuleType
 from typing import Any, Literal
 
 from mesh.app import App, LocalEntrypoint, apps_of
+from mesh.cls import Cls, methods_of
 from mesh.deploy import import_file, import_module
 from mesh.exception import InvalidError, NotFoundError
+from mesh.parameters import MISSING, Parameter
 from mesh.sdk import Function
 
-Runnable = LocalEntrypoint[..., Any] | Function[..., Any]
+
+@dataclass(frozen=True, slots=True)
+class ClassMethod:
+    """A method of a class, whose flags are those of the constructor and its own."""
+
+    cls: Cls
+    method: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.cls.name}.{self.method}"
+
+    def get_raw_f(self) -> Callable[..., Any]:
+        """A function with the parameters of both; only to be looked at."""
+        raw: Callable[..., Any] = methods_of(self.cls.get_raw_f())[self.method].raw
+        own = list(inspect.signature(raw).parameters.values())[1:]
+        hints = typing.get_type_hints(raw)
+        both = set(self._parameters) & {parameter.name for parameter in own}
+        if both:
+            raise InvalidError(f"{self.name!r}: constructor and method both have {', '.join(sorted(both))}")
+        constructor = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(parameter))
+            for name, parameter in self._parameters.items()
+        ]
+
+        def combined(**_: Any) -> None: ...
+
+        combined.__doc__ = raw.__doc__
+        combined.__annotations__ = {**hints, **{name: _TYPES[p.type] for name, p in self._parameters.items()}}
+        keywords = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in own]
+        setattr(combined, "__signature__", inspect.Signature([*constructor, *keywords]))  # noqa: B010 - for flags
+        return combined
+
+    @property
+    def _parameters(self) -> Mapping[str, Parameter]:
+        return {name: p for name, p in (self.cls.spec.parameters or {}).items() if p.init and p.type in _TYPES}
+
+    def remote(self, **values: Any) -> Any:
+        """Call it on the instance that the values say."""
+        construction = {name: value for name, value in values.items() if name in self._parameters}
+        rest = {name: value for name, value in values.items() if name not in construction}
+        return getattr(self.cls(**construction), self.method).remote(**rest)
+
+
+_TYPES = {"str": str, "int": int, "bool": bool}  # of the constructor's flags; none can give bytes
+
+
+def _default(parameter: Parameter) -> Any:
+    return inspect.Parameter.empty if parameter.default is MISSING else parameter.default
+
+
+Runnable = LocalEntrypoint[..., Any] | Function[..., Any] | ClassMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +131,11 @@ def find_runnable(module: ModuleType, name: str) -> tuple[App, Runnable]:
     """
     runnables = _runnables(module)
     if name:
-        if name.rpartition(".")[2] not in runnables:
+        found = runnables.get(name) or runnables.get(name.partition(".")[2])  # the app's name may stand before it
+        if found is None:
             have = f"there are {', '.join(runnables)}" if runnables else "there is nothing to run"
             raise NotFoundError(f"{module.__name__!r} has nothing called {name!r} to run: {have}")
-        return runnables[name.rpartition(".")[2]]
+        return found
     entrypoints = {key: pair for key, pair in runnables.items() if isinstance(pair[1], LocalEntrypoint)}
     for choice in (entrypoints, runnables):
         if len(choice) == 1:
@@ -98,6 +152,8 @@ def _runnables(module: ModuleType) -> dict[str, tuple[App, Runnable]]:
     for app in apps_of(module).values():
         found.update({name: (app, entrypoint) for name, entrypoint in app.registered_entrypoints.items()})
         found.update({name: (app, function) for name, function in app.registered_functions.items()})
+        methods = [ClassMethod(cls, name) for cls in app.registered_classes.values() for name in cls.spec.methods or ()]
+        found.update({method.name: (app, method) for method in methods})
     return found
 
 

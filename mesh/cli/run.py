@@ -83,6 +83,8 @@ def _run_on_mesh(
             say(f"[green]✓[/] {app.description} is on the mesh as {app.app_id} ({time.monotonic() - began:.2f} s)")
             for function in sorted(app.registered_functions):
                 say(f"[dim]├[/] function {function}")
+            for name, cls in sorted(app.registered_classes.items()):
+                say(f"[dim]├[/] class {name} [dim]({', '.join(cls.spec.methods or ())})[/]")
         try:
             value = _call(runnable, args, kwargs)
         except Exception as error:  # noqa: BLE001 - whatever the user's code raised
@@ -190,7 +192,8 @@ def _say_deployment(deployment: Deployment, seconds: float) -> None:
     head = deployment.head
     for record in deployment.records:
         how = f"by value, for Python {record.code.python} only" if record.code.by_value else record.code.module
-        say(f"[dim]├[/] function {record.spec.name} [dim]({how}, {record.version[:12]})[/]")
+        kind = "function" if record.spec.methods is None else "class"
+        say(f"[dim]├[/] {kind} {record.spec.name} [dim]({how}, {record.version[:12]})[/]")
     for gone in deployment.removed:
         say(f"[dim]├[/] [yellow]removed {gone}[/]: it takes no more calls, its queued ones fail")
     if deployment.changed:
