@@ -35,9 +35,9 @@ async def items(
         Exception: what `Function.remote_gen` raises, after the items before it. The call is cancelled then if it has
             not ended, as it is when the generator is closed early.
     """
-    broker, record = await function._lookup()
-    input = function._input(broker, record, "generator", args, kwargs)
-    call = function._call_of(broker, record, input.address.call, 0)
+    broker, target = await function._lookup()
+    input = function._input(broker, target, "generator", args, kwargs)
+    call = function._call_of(broker, target, input.address.call, 0)
     flow = await broker.flows.read(input.address.call, input.address.index)
     try:
         waiter = await broker.results.expect(input.address.key)

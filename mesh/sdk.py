@@ -534,7 +534,6 @@ class Function(Generic[P, R]):
         """Not built yet."""
         raise self._not_built("spawn_map")
 
-
     def update_autoscaler(self, **options: Any) -> Any:
         """Not built yet."""
         raise self._not_built("update_autoscaler")

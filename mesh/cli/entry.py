@@ -32,6 +32,10 @@ class ClassMethod:
     def name(self) -> str:
         return f"{self.cls.name}.{self.method}"
 
+    @property
+    def is_generator(self) -> bool:
+        return self.cls.spec.yields(self.method)
+
     def get_raw_f(self) -> Callable[..., Any]:
         """A function with the parameters of both; only to be looked at."""
         raw: Callable[..., Any] = methods_of(self.cls.get_raw_f())[self.method].raw
