@@ -268,6 +268,18 @@ def test_the_value_of_the_call_is_how_many_there_were(mesh: Mesh) -> None:
     assert FunctionCall.from_id(call).get() == 3
 
 
+def test_many_are_read_side_by_side(mesh: Mesh) -> None:
+    module = jobs(mesh, "gen-many")
+
+    async def read(n: int) -> list[int]:
+        return [i async for i in module.count.remote_gen.aio(n)]
+
+    async def read_all() -> list[list[int]]:
+        return await asyncio.gather(*(read(n) for n in range(1000, 1040)))
+
+    assert asyncio.run(read_all()) == [list(range(n)) for n in range(1000, 1040)]
+
+
 def test_generators_call_generators(mesh: Mesh) -> None:
     module = jobs(mesh, "gen-nested")
     assert module.sums.remote(1000) == sum(range(1000))
