@@ -138,6 +138,7 @@ class _Outlet:
         self._granted = threading.Condition(self._lock)
         self._room: asyncio.Future[None] | None = None
         self._sent = float("-inf")
+        self._sending = False
         self._finishing = False
         self._closed = False
         self._late = threading.Event()
@@ -175,14 +176,17 @@ class _Outlet:
     def close(self) -> None:
         """The generator has ended; what may still go, goes."""
         with self._wire.undisturbed(), self._lock:
-            self._send(whole=False)
+            if not self._sending:
+                self._send(whole=False)
             self._closed = True
             self._late.set()
 
     def _send(self, *, whole: bool) -> None:
+        self._sending = True  # stays so where a thread is interrupted in the middle: then nothing may follow
         while (chunk := self._flow.take(whole=whole)) is not None:
             self._wire.send(Chunk(self._seq, chunk))
             self._sent = time.monotonic()
+        self._sending = False
 
     def _send_later(self) -> None:
         if self._sender is None:

@@ -93,6 +93,7 @@ class Serving:
             else:
                 self._threads.submit(self._in_thread(run))
         if self._threads is not None:
+            self._wire.read_on()
             self._threads.shutdown()
 
     def _gather(self, work: Work) -> Run | None:

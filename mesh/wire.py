@@ -87,6 +87,15 @@ class Wire:
         with self.undisturbed():
             return self.read()
 
+    def read_on(self) -> None:
+        """Read beside everything else, from now on: generators that are still to end need credit for that."""
+
+        def read() -> None:
+            while self.read():
+                pass
+
+        threading.Thread(target=read, name="mesh-credit", daemon=True).start()
+
     def read(self) -> bool:
         """Take what has come; false once the worker has gone. Credit goes to its generator, the rest waits."""
         try:

@@ -141,6 +141,33 @@ JOBS = """
             yield 2 * i
 """
 
+SIDE_BY_SIDE = """
+    import asyncio, mesh, os, time
+    app = mesh.App({name!r})
+
+    @app.function(max_containers=1)
+    @mesh.concurrent(max_inputs=4)
+    def sync(path, n, pause):
+        try:
+            for i in range(n):
+                yield os.getpid(), i
+                time.sleep(pause)
+        finally:
+            with open(path, "a") as file:
+                file.write("finally\\n")
+
+    @app.function(max_containers=1)
+    @mesh.concurrent(max_inputs=4)
+    async def on_loop(path, n, pause):
+        try:
+            for i in range(n):
+                yield os.getpid(), i
+                await asyncio.sleep(pause)
+        finally:
+            with open(path, "a") as file:
+                file.write("finally\\n")
+"""
+
 MANY = 100_000
 
 
@@ -278,6 +305,27 @@ def test_many_are_read_side_by_side(mesh: Mesh) -> None:
         return await asyncio.gather(*(read(n) for n in range(1000, 1040)))
 
     assert asyncio.run(read_all()) == [list(range(n)) for n in range(1000, 1040)]
+
+
+@pytest.mark.parametrize("function", ["sync", "on_loop"])
+def test_several_run_in_one_container(own_mesh: Callable[..., Mesh], function: str) -> None:
+    mesh = own_mesh()
+    module = mesh.deploy(SIDE_BY_SIDE.format(name="gen-beside"))
+    worker = mesh.start_worker()
+    generator, path = getattr(module, function), str(mesh.ledger().path)
+    slow = [iter(generator.remote_gen(path, 10**6, 0.05)) for _ in range(2)]
+    (container,) = {next(items)[0] for items in slow}
+    n = 3 * WINDOW * MAX_ITEMS
+    assert list(generator.remote_gen(path, n, 0.0)) == [(container, i) for i in range(n)]
+    short = iter(generator.remote_gen(path, n, 0.0))
+    assert next(short) == (container, 0)
+    for items in slow:
+        items.close()
+    until(lambda: mesh.ledger().count("finally") == 3)
+    worker.process.send_signal(signal.SIGTERM)  # what runs may end, and is given credit for that
+    assert [i for _, i in short] == list(range(1, n))
+    assert worker.process.wait(30) == 0
+    assert mesh.ledger().count("finally") == 4
 
 
 def test_generators_call_generators(mesh: Mesh) -> None:
