@@ -316,8 +316,8 @@ class Pool:
 
     def _pass_on(self) -> None:
         """Hand back what no container here is about to take: all slots are somewhere else, and perhaps idle there."""
-        starting = sum(not container.ready for container in self.serving)
-        while len(self.intake.waiting) > starting:
+        taken = self._takes(self.serving)
+        while len(self.intake.waiting) > taken:
             returned = Execution(kind=Kind.RETURNED, text="no slot of its function is free for another container here")
             self.settle(self.intake.waiting.pop(), returned)
         if not self.containers:
@@ -327,6 +327,11 @@ class Pool:
     def backlog(self) -> int:
         """Inputs that wait, here and in the queue, as far as this worker knows."""
         return len(self.intake.waiting) + (0 if self._asked() else self.intake.pending)
+
+    def _takes(self, serving: Sequence[Container]) -> int:
+        """Inputs that these containers take now, or once they are ready."""
+        size, coming = self.spec.batch_size, self.spec.inputs_wanted
+        return sum(self._room(c) * size if c.ready else coming for c in serving)
 
     def _asked(self) -> int:
         return self._worker.puller.outstanding(self.consumer)
@@ -338,8 +343,7 @@ class Pool:
         if self.record.removed is not None or self.refusal is not None:
             wanted = _REFUSED_BATCH
         else:
-            size, coming = self.spec.batch_size, self.spec.inputs_wanted
-            wanted = sum(self._room(c) * size if c.ready else coming for c in serving)
+            wanted = self._takes(serving)
             may_grow = self.share.open and not self.share.is_claiming and not self._resting()
             if may_grow and (not self._taking or self._worker.capacity.has_room(self)):
                 wanted += 1

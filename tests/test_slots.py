@@ -217,7 +217,7 @@ def test_a_slot_deleted_by_hand_ends_its_container_and_comes_back(own_mesh: Call
 @pytest.mark.parametrize("cap", [1, 5])
 def test_fifty_containers_over_three_workers(own_mesh: Callable[..., Mesh], cap: int) -> None:
     mesh = own_mesh(slot_ttl=TTL)
-    work = deploy(mesh, f"max_containers={cap}, single_use_containers=True")
+    work = deploy(mesh, f"max_containers={cap}, single_use_containers=True, scaledown_window=1")
     calls = [work.spawn(0.02 * cap) for _ in range(50)]
     for _ in range(3):
         mesh.start_worker("--containers", "20")
