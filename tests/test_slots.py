@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -265,6 +268,53 @@ def test_a_slot_of_a_killed_worker_comes_back(own_mesh: Callable[..., Mesh]) -> 
     FunctionCall.gather(*calls)
     assert most_alive(mesh) == 2
     assert len(set(begun(mesh))) == 4
+
+
+def test_a_paused_worker_loses_its_containers_before_its_slots(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh(slot_ttl=TTL, ack_wait=2)
+    work = deploy(mesh, "max_containers=2")
+    first = mesh.start_worker()
+    calls = [work.spawn(0.5) for _ in range(40)]
+    until(lambda: len(set(begun(mesh))) == 2)
+    before = set(begun(mesh))
+    mesh.start_worker()
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        until(lambda: len(set(begun(mesh))) == 4, 60, "the other one takes over")
+        assert not any(map(alive, before)), "its zygote has killed what it ran"
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    FunctionCall.gather(*calls)
+    assert most_alive(mesh) == 2
+    assert all(call.status().attempts == 1 for call in calls), "it was no try of the user's"
+
+
+def test_where_everything_is_paused_what_wakes_up_is_killed_at_once(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh(slot_ttl=TTL, ack_wait=2)
+    work = deploy(mesh, "max_containers=1")
+    first = mesh.start_worker()
+    call = work.spawn(60.0)
+    until(lambda: begun(mesh))
+    tree = descendants(first.pid)
+    assert begun(mesh)[0] in tree
+    mesh.start_worker()
+    for process in tree:
+        os.kill(process, signal.SIGSTOP)
+    until(lambda: len(begun(mesh)) == 2, 60, "the other one takes over")
+    woken = time.monotonic()
+    for process in reversed(tree):  # what runs before who kills it
+        os.kill(process, signal.SIGCONT)
+    until(lambda: not alive(begun(mesh)[0]), what="it is killed")
+    overlap = lives(mesh.ledger("alive"))[str(begun(mesh)[0])][1] - woken
+    print(f"ran for {overlap:.3f} s beside the other one")
+    assert overlap < 1, "0.1 s where the machine is not busy"
+    call.cancel()
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that come from it, parents first."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(process for child in children for process in descendants(int(child)))]
 
 
 def test_a_worker_that_is_cut_off_keeps_its_slot_no_longer_than_it_is_sure(own_mesh: Callable[..., Mesh]) -> None:
