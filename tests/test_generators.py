@@ -32,7 +32,7 @@ from mesh.exception import (
 from mesh.flow import MAX_ITEMS, WINDOW
 from mesh.protocol import Input, PoolKey, State
 from mesh.server import NatsServer
-from tests.support import Mesh, alive, until
+from tests.support import Mesh, WorkerProcess, alive, until
 
 JOBS = """
     import asyncio, mesh, os, threading, time
@@ -96,7 +96,7 @@ JOBS = """
 
     @app.function()
     def slow(path, n, pause):
-        note(path, f"begin {{os.getpid()}} {{os.getppid()}}")
+        note(path, f"begin {{os.getpid()}}")
         try:
             for i in range(n):
                 note(path, f"yield {{i}}")
@@ -107,7 +107,7 @@ JOBS = """
 
     @app.function()
     async def slow_async(path, n, pause):
-        note(path, f"begin {{os.getpid()}} {{os.getppid()}}")
+        note(path, f"begin {{os.getpid()}}")
         try:
             for i in range(n):
                 note(path, f"yield {{i}}")
@@ -118,7 +118,7 @@ JOBS = """
 
     @app.function()
     def endless(path, size):
-        note(path, f"begin {{os.getpid()}} {{os.getppid()}}")
+        note(path, f"begin {{os.getpid()}}")
         try:
             while True:
                 note(path, "yield")
@@ -175,11 +175,18 @@ def jobs(mesh: Mesh, name: str) -> ModuleType:
     return mesh.deploy(JOBS.format(name=name))
 
 
-def begun(mesh: Mesh, ledger: str = "ledger") -> tuple[int, int]:
-    """The container that began, and its worker."""
+def begun(mesh: Mesh, ledger: str = "ledger") -> int:
+    """The container that began."""
     until(lambda: mesh.ledger(ledger).count("begin"))
-    _, container, worker = mesh.ledger(ledger).lines()[0].split()
-    return int(container), int(worker)
+    return int(mesh.ledger(ledger).lines()[0].split()[1])
+
+
+def worker_of(mesh: Mesh, call: str) -> WorkerProcess:
+    """The worker that wrote down that it begins a call."""
+    log = mesh.ask(lambda broker: broker.attempts.get(f"{call}.0"))
+    assert log.begun is not None
+    (worker,) = (worker for worker in mesh.workers if f"worker {log.begun.worker} is ready" in worker.log)
+    return worker
 
 
 def until_it_fails(items: Iterable[Any]) -> tuple[list[Any], Exception | None]:
@@ -415,17 +422,17 @@ def test_a_slow_reader_holds_its_generator_back(own_mesh: Callable[..., Mesh]) -
 def test_memory_stays_flat_however_large_and_many_the_items(own_mesh: Callable[..., Mesh]) -> None:
     mesh = own_mesh()
     module = jobs(mesh, "gen-flat")
-    mesh.start_worker()
+    worker = mesh.start_worker()
     items = iter(module.endless.remote_gen(str(mesh.ledger().path), 100_000))
     for _ in range(50):
         next(items)
-    container, worker = begun(mesh)
-    before = memory(container), memory(worker)
+    container = begun(mesh)
+    before = memory(container), memory(worker.pid)
     for i in range(2000):  # 200 MB
         next(items)
         if i % 500 == 0:
             time.sleep(0.2)  # the generator runs ahead as far as it may
-    grown = memory(container) - before[0], memory(worker) - before[1]
+    grown = memory(container) - before[0], memory(worker.pid) - before[1]
     items.close()
     assert max(grown) < 20, f"container and worker grew by {grown} MiB"
 
@@ -551,7 +558,7 @@ def test_container_killed_half_way(mesh: Mesh) -> None:
     items = iter(module.slow.remote_gen(str(mesh.ledger("gen-killed").path), 10, 300.0))
     assert next(items) == 0
     call = the_call(mesh, "gen-killed")
-    container, _ = begun(mesh, "gen-killed")
+    container = begun(mesh, "gen-killed")
     os.kill(container, signal.SIGKILL)
     with pytest.raises(InternalFailure, match=r"ended half-way.*SIGKILL"):
         next(items)
@@ -564,12 +571,13 @@ def test_worker_killed_half_way(own_mesh: Callable[..., Mesh], ack_wait: int) ->
     """Another worker notices when the lease has run out, the reader by silence: whichever is first."""
     mesh = own_mesh(ack_wait=ack_wait)
     module = jobs(mesh, "gen-worker")
-    first, _ = mesh.start_worker(), mesh.start_worker()
+    for _ in range(2):
+        mesh.start_worker()
     items = iter(module.slow.remote_gen(str(mesh.ledger().path), 1000, 0.1))
     found = [next(items) for _ in range(5)]
     call = the_call(mesh, "gen-worker")
-    container, worker = begun(mesh)
-    {w.pid: w for w in mesh.workers}[worker].kill()
+    container = begun(mesh)
+    worker_of(mesh, call).kill()
     more, error = until_it_fails(items)
     found += more
     assert found == list(range(len(found)))
@@ -579,7 +587,6 @@ def test_worker_killed_half_way(own_mesh: Callable[..., Mesh], ack_wait: int) ->
     until(lambda: not alive(container))
     until(lambda: not mesh.ask(lambda broker: broker.calls.of_app("gen-worker")))
     assert mesh.ledger().count("begin") == 1, "it does not begin again"
-    assert first
 
 
 def test_a_worker_that_stops_half_way(own_mesh: Callable[..., Mesh]) -> None:
