@@ -148,6 +148,11 @@ class Interrupts:
             self._running.pop(place, None)
             place.leave()
 
+    def alone(self) -> int:
+        """The number of the input that runs alone, or of the first of a batch; 0 if none runs, or several."""
+        running = tuple(self._running.values())
+        return min(running[0], default=0) if len(running) == 1 else 0
+
     def is_named(self, seq: int) -> bool:
         """Whether an input was cancelled, or ran out of time."""
         return seq in self._named

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import os
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from mesh import context
@@ -17,7 +19,11 @@ _MAX_OUTPUT = 1 << 20  # characters of output of one input
 
 
 class Output(io.TextIOBase):
-    """What stands in for sys.stdout and sys.stderr: lines go to the worker with the input that printed them."""
+    """What stands in for sys.stdout and sys.stderr: lines go to the worker with the input that printed them.
+
+    Attributes:
+        alone: the number of the input that runs alone, to which threads that it started belong; 0 if there is none.
+    """
 
     def __init__(self, wire: Wire, stream: int, descriptor: int) -> None:
         self._wire = wire
@@ -25,6 +31,7 @@ class Output(io.TextIOBase):
         self._descriptor = descriptor
         self._partial: dict[int, str] = {}
         self._sent: dict[int, int] = {}
+        self.alone: Callable[[], int] = lambda: 0
         self.buffer = _Bytes(self)
 
     encoding = "utf-8"
@@ -46,8 +53,7 @@ class Output(io.TextIOBase):
     def write(self, text: str, /) -> int:
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # user code writes anything
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        running = context.current.get()
-        seq = running.seq if running else 0
+        seq = self._seq()
         whole = self._partial.pop(seq, "") + text
         lines, newline, rest = whole.rpartition("\n")
         if newline:
@@ -60,11 +66,14 @@ class Output(io.TextIOBase):
 
     def flush(self) -> None:
         """Send a line that has no end yet: a program that flushes wants it seen."""
-        running = context.current.get()
-        seq = running.seq if running else 0
+        seq = self._seq()
         rest = self._partial.pop(seq, "")
         if rest:
             self._send(seq, rest)
+
+    def _seq(self) -> int:
+        running = context.current.get()
+        return running.seq if running else self.alone()
 
     def reconfigure(self, **_: object) -> None:
         """Nothing to configure: what code calls to have UTF-8, which this is."""
@@ -77,6 +86,9 @@ class Output(io.TextIOBase):
         self._sent.pop(seq, None)
 
     def _send(self, seq: int, text: str) -> None:
+        if self._wire.is_copy:  # what a process that user code forked prints goes where a subprocess's goes
+            os.write(self._descriptor, text.encode("utf-8", "replace"))
+            return
         sent = self._sent.get(seq, 0)
         if seq:
             if sent >= _MAX_OUTPUT:

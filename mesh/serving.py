@@ -41,6 +41,8 @@ class Serving:
         self._marks = marks
         self._answers = Answers(start)
         self._interrupts = Interrupts(wire)
+        for output in outputs:
+            output.alone = self._interrupts.alone
         self._generators = Generators(wire, self._interrupts.is_named)
         self._limit = start.max_inputs
         self._gathered: list[Work] = []

@@ -40,9 +40,14 @@ class Wire:
             self.protocol.close()
             self.control.close()
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is a process that the user's code forked."""
+        return os.getpid() != self._owner
+
     def send(self, frame: frames.Frame) -> None:
         """Write one frame, whole: an interrupt of the main thread waits. A forked copy of the user's ends instead."""
-        if os.getpid() != self._owner:
+        if self.is_copy:
             os._exit(0)
         data = frames.encode(frame)
         with self.undisturbed():
