@@ -10,7 +10,9 @@ import contextlib
 import time
 from collections.abc import Callable
 
+import nats.errors
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from mesh.background import Background
 from mesh.broker.connection import Connection
@@ -89,8 +91,7 @@ class Writer:
                 await self._say(Chunk(self._sent, body))
             await self._say(End(self._sent))
         finally:
-            with contextlib.suppress(Exception):  # the connection is closed
-                await subscription.unsubscribe()
+            await _unsubscribe(subscription)
 
     async def _next(self) -> bytes | None:
         while True:
@@ -150,8 +151,7 @@ class Reader:
         """Listen no more."""
         self._connection.events.closed.remove(self._on_closed)
         self._reminding.cancel()
-        if not self._connection.is_closed:
-            self._background.spawn(self._subscription.unsubscribe())
+        self._background.spawn(_unsubscribe(self._subscription))
 
     async def _on_message(self, message: Msg) -> None:
         self.begun = True
@@ -177,3 +177,8 @@ class Reader:
             await asyncio.sleep(ALIVE)
             if self.begun and not self.ended:
                 await self._grant()
+
+
+async def _unsubscribe(subscription: Subscription) -> None:
+    with contextlib.suppress(nats.errors.Error):  # the connection is closed
+        await subscription.unsubscribe()
