@@ -52,7 +52,6 @@ class _Decorator(Protocol):
 class _ClassDecorator(Protocol):
     """What `@app.cls(…)` is. For type checkers a class of the mesh is the class itself, with what `Cls` adds."""
 
-    @dataclass_transform(kw_only_default=False, field_specifiers=(parameter,))
     def __call__(self, raw: type[T], /) -> type[T]: ...
 
 
@@ -322,6 +321,7 @@ class App:
 
         return decorate
 
+    @dataclass_transform(field_specifiers=(parameter,))
     def cls(
         self,
         *args: Any,

@@ -291,6 +291,8 @@ class Cls:
         construction.check(self._name)
         if self._spec is not None and self._spec.parameters is not None:
             values_of(self._name, self._spec.parameters, construction)
+        elif self._raw is not None:
+            inspect.signature(self._raw).bind(*args, **kwargs)
         return Obj(self, construction)
 
     def __getattr__(self, name: str) -> NoReturn:

@@ -168,17 +168,25 @@ class Function(Generic[P, R]):
                 "look it up with mesh.Function.from_name"
             )
         broker = await client.broker(self._environment_name())
+        target = await self._find_target(broker, app, anew)
+        if target.pool != SHARED_POOL:
+            await broker.pools.register(target.registration(broker.client))
+        return broker, target
+
+    async def _find_target(self, broker: Broker, app: str, anew: bool) -> Target:
         record = await broker.registry.known(app, class_of(self._name), anew=anew)
         if record is None:
             raise NotFoundError(await _lookup_failed(broker, app, self._name))
         if record.removed is not None:
             raise NotFoundError(f"function {self._name!r} of app {app!r} takes no more calls: {record.removed.reason}")
-        target = self._target
-        if target is None or target.record is not record:
-            target = self._target = _target(record, self._name, self._variant)
-        if target.pool != SHARED_POOL:
-            await broker.pools.register(target.registration(broker.client))
-        return broker, target
+        if self._target is None or self._target.record is not record:
+            try:
+                self._target = _target(record, self._name, self._variant)
+            except (NotFoundError, TypeError, InvalidError):  # it may be newer than the record that was at hand
+                if anew:
+                    raise
+                return await self._find_target(broker, app, anew=True)
+        return self._target
 
     def _environment_name(self) -> str | None:
         if self._environment is not None:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mesh import Function
+from mesh import Cls, Function
 from mesh.broker.bucket import Bucket
 from mesh.protocol import new_call_id, new_client_token
 from tests.support import ROOT, Mesh, until
@@ -33,6 +33,14 @@ SHOP = """
     def print_labels(number):
         return number
 
+    @app.cls()
+    class Printer:
+        paper: str = mesh.parameter()
+
+        @mesh.method()
+        def print(self, text):
+            return self.paper
+
     @app.function()
     def refuse(number):
         raise ValueError("not today")
@@ -44,6 +52,7 @@ EXPECTED = {
     "nats consumer info MESH_CALLS shop+send_invoice+_": "shop+send_invoice+_",
     "nats stream subjects MESH_CALLS 'mesh.call.shop.>'": "{retrying}",
     "nats stream get MESH_CALLS -S mesh.call.shop.send_invoice._.{retrying}.0": '{{"args":[0],"kwargs":{{}}}}',
+    "nats kv get mesh_pools shop.Printer.{pool} --raw": '"construction":{{"kwargs":{{"paper":"A4"}}}}',
     "nats kv get mesh_workers {worker} --raw": '"containers":',
     "nats stream subjects MESH_DEAD": "mesh.dead.shop.refuse.{failed}.0",
     "nats stream get MESH_DEAD -S mesh.dead.shop.refuse.{failed}.0": "ValueError: not today",
@@ -79,6 +88,7 @@ class Facts:
     failed: str
     retrying: str
     new: str
+    pool: str
 
     @classmethod
     def make(cls, mesh: Mesh) -> Facts:
@@ -91,11 +101,14 @@ class Facts:
         assert Function.from_name("shop", "print_labels").remote(1) == 1  # its idle container keeps a slot
         until(lambda: failed.status().state == "failed")
         until(lambda: retrying.status().state == "retrying")
+        assert Cls.from_name("shop", "Printer")(paper="A4").print.remote("hello") == "A4"
+        pools = mesh.ask(lambda broker: broker.pools.all())
         worker = re.search(r"worker (\S+) is ready", log)
         assert worker is not None
         until(lambda: mesh.ask(lambda broker: broker.connection.get(broker.topology.dead, _letter(broker, failed))))
         mesh.ask(lambda broker: Bucket(broker.connection, broker.topology, "clients").put("24XNHWD3", b"web-1/4711"))
-        return cls(worker[1], done.object_id, failed.object_id, retrying.object_id, new_call_id(new_client_token()))
+        new, pool = new_call_id(new_client_token()), pools[0].pool
+        return cls(worker[1], done.object_id, failed.object_id, retrying.object_id, new, pool)
 
 
 def _letter(broker: object, call: object) -> str:
@@ -110,7 +123,7 @@ def commands_on_the_page() -> list[str]:
 
 def check(facts: Facts, root: str, run: Callable[[list[str]], str]) -> None:
     """Run every documented command, and see that it answers its question."""
-    examples = {"done": "fc-01M85KENBEDVG6VWEK24XNHWD3", "worker": "web-1-3fa9c1"}
+    examples = {"done": "fc-01M85KENBEDVG6VWEK24XNHWD3", "worker": "web-1-3fa9c1", "pool": "58c0f2a6d1"}
     known = [_as_on_the_page(command, examples) for command in EXPECTED]
     assert sorted(set(commands_on_the_page())) == sorted(set(known)), (
         "a command of the page has no test, or the reverse"
@@ -130,4 +143,5 @@ def _as_on_the_page(command: str, examples: dict[str, str]) -> str:
     """With the page's own examples for the facts."""
     call = examples["done"]
     names = dict.fromkeys(("done", "failed", "retrying", "new"), call)
-    return command.format(worker=examples["worker"], **names).replace("shop.refuse.", "shop.send_invoice.")
+    filled = command.format(worker=examples["worker"], pool=examples["pool"], **names)
+    return filled.replace("shop.refuse.", "shop.send_invoice.")

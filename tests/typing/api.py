@@ -25,6 +25,25 @@ def numbers(n: int) -> Iterator[int]:
     yield from range(n)
 
 
+@app.cls(max_containers=2)
+class Model:
+    size: str = mesh.parameter(default="small")
+
+    @mesh.enter()
+    def load(self) -> None: ...
+
+    @mesh.method()
+    def ask(self, question: str) -> int:
+        return len(question + self.size)
+
+    @mesh.method()
+    async def later(self, question: str) -> str:
+        return question + str(self.ask.local(question))
+
+    @mesh.exit()
+    async def close(self) -> None: ...
+
+
 @app.local_entrypoint()
 def main(name: str) -> int:
     return len(name)
@@ -56,6 +75,21 @@ def blocking() -> None:
     assert_type(app.deploy(), mesh.App)
 
 
+def of_classes() -> None:
+    # mypy sees no dataclass_transform on a method (2.4.1), so it does not know the parameters of constructors.
+    model = Model(size="big")  # type: ignore[call-arg]
+    assert_type(model, Model)
+    assert_type(model.size, str)
+    assert_type(model.ask.remote("?"), int)
+    assert_type(model.later.remote("?"), str)
+    assert_type(list(Model("big").ask.map(["?"])), list[int])  # type: ignore[call-arg]
+    assert_type(double.with_options(timeout=3, retries=0).remote(1), str)
+    assert_type(double.with_concurrency(max_inputs=3).remote(1), str)
+    found = mesh.Cls.from_name("app", "Model").with_options(max_containers=1)
+    assert_type(found, mesh.Cls)
+    found(size="big").ask.remote("?")
+
+
 async def awaiting() -> None:
     assert_type(await double.remote.aio(3), str)
     call = await double.spawn.aio(3, plus=2)
@@ -84,6 +118,8 @@ def refused() -> None:
     double.map([1], unordered=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     double.starmap([1])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
     later.remote("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Model(colour="red")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Model().ask.remote(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     double(3)  # type: ignore[operator]  # pyright: ignore[reportCallIssue]
 
 
