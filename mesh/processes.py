@@ -1,4 +1,7 @@
-"""What Linux does for processes: ends them with their parent, gives orphans to an ancestor, and shows their names."""
+"""What Linux does for processes: ends them with their parent, gives orphans to an ancestor, and shows their names.
+
+What a container does after its fork costs memory: each line that runs writes to pages that it shared until then.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,13 @@ def adopt_orphans() -> None:
 
 def go_first_when_out_of_memory() -> None:
     """The system shall kill containers before their worker; what they start inherits that. Raising needs no rights."""
-    score = Path("/proc/self/oom_score_adj")
-    with contextlib.suppress(OSError):  # there is no such thing here
-        if int(score.read_text()) < _OOM_SCORE:
-            score.write_text(str(_OOM_SCORE))
+    try:
+        score = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # there is no such thing here
+    if int(os.read(score, 8)) < _OOM_SCORE:
+        os.write(score, b"%d" % _OOM_SCORE)
+    os.close(score)
 
 
 def kill(pid: int) -> None:
@@ -51,7 +57,7 @@ def kill(pid: int) -> None:
 def children() -> dict[int, int]:
     """The processes whose parent this one is, each with its session; those included that have ended and were not
     waited for. (Where the kernel has a list of children, it says itself not to trust it.)"""
-    own, found = str(os.getpid()), {}
+    own, found = b"%d" % os.getpid(), {}
     for name in os.listdir("/proc"):  # noqa: PTH208 - a Path for each takes as long as all the rest
         if name.isdigit():
             with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -61,10 +67,13 @@ def children() -> dict[int, int]:
     return found
 
 
-def _stat(process: str) -> list[str]:
+def _stat(process: str) -> list[bytes]:
     """The fields of its stat after the name, which may hold anything."""
-    with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-        return file.read().rpartition(") ")[2].split()
+    descriptor = os.open(f"/proc/{process}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 4096).rpartition(b") ")[2].split()
+    finally:
+        os.close(descriptor)
 
 
 def variables(pid: int) -> bytes:
@@ -80,8 +89,10 @@ def set_title(name: str, title: str) -> None:
     The command line is cut to the length it had when the program was started.
     """
     _prctl(_PR_SET_NAME, name.encode()[:15])
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    try:
         start, end = map(int, _stat("self")[_ARGUMENTS])
-        if 0 < start < end:
-            room = end - start
-            ctypes.memmove(start, title.encode()[: room - 1].ljust(room, b"\0"), room)
+    except (OSError, ValueError):
+        return  # this system does not say where it is
+    if 0 < start < end:
+        room = end - start
+        ctypes.memmove(start, title.encode()[: room - 1].ljust(room, b"\0"), room)

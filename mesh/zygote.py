@@ -245,8 +245,10 @@ def _close_all_but(*kept: int) -> None:
 
 def _settle(home: Home) -> None:
     """Take the container's directory, name and variables. Those that Python reads as it starts were the zygote's."""
-    os.environ.clear()
-    os.environ.update(home.variables)
+    for name in list(os.environ):
+        del os.environ[name]
+    for name, value in home.variables.items():
+        os.environ[name] = value
     time.tzset()
     os.chdir(home.directory)
     processes.set_title(home.variables.get("MESH_TASK_ID", "mesh"), home.title)

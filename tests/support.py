@@ -64,14 +64,18 @@ def processes(text: str) -> list[int]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    """The process that started another one, or adopted it."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def children_of(parent: int, command: bytes = b"") -> list[int]:
     """Ids of the processes that a process is the parent of, and whose command line begins so."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                is_child = int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-                if is_child and (entry / "cmdline").read_bytes().startswith(command):
+                if parent_of(int(entry.name)) == parent and (entry / "cmdline").read_bytes().startswith(command):
                     found.append(int(entry.name))
     return found
 
