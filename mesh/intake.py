@@ -18,7 +18,7 @@ from mesh.broker import Lease
 from mesh.examine import Finding
 from mesh.exception import InternalFailure, NotFoundError
 from mesh.judge import Execution, Kind, cancelled
-from mesh.protocol import failure
+from mesh.protocol import Failure, failure, method_of
 from mesh.settle import Held
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Intake:
         self.pending = 0
         self._worker = worker
         self._pool = pool
-        self._of_removed: list[Held] = []
+        self._impossible: list[Held] = []
         self._opened: Held | None = None
 
     def on_lease(self, lease: Lease) -> None:
@@ -98,12 +98,10 @@ class Intake:
         elif deadline is not None and time.time() > deadline:
             expired = Execution(kind=Kind.EXPIRED, text="expired: its deadline passed before it was started")
             self._pool.settle(held, expired)
-        elif self._pool.record.removed is not None:
-            self._of_removed.append(held)
-            if len(self._of_removed) == 1:
-                self._worker.background.spawn(self._fail_removed())
-        elif self._pool.refusal is not None:
-            self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=self._pool.refusal))
+        elif self._why_impossible(held) is not None:
+            self._impossible.append(held)
+            if len(self._impossible) == 1:
+                self._worker.background.spawn(self._fail_impossible())
         elif self._pool.closed:
             self._pool.settle(held, cancelled("its app has ended"))
         elif self._worker.draining:
@@ -114,19 +112,30 @@ class Intake:
             self.waiting.append(held)
         self._pool.feed()
 
-    async def _fail_removed(self) -> None:
-        """Inputs of a removed function fail, unless it was deployed again since: ask, before saying so."""
+    def _why_impossible(self, held: Held) -> Failure | None:
+        """Why nobody can run an input, by what is known here of what is deployed."""
+        pool, address = self._pool, held.lease.address
+        assert address is not None
+        if pool.record.removed is not None:
+            return failure(NotFoundError, pool.record.removed.reason)
+        methods = pool.spec.methods
+        if (method_of(address.function) or None) not in (methods or (None,)):
+            known = f"it has {', '.join(methods)}" if methods else "it is a function"
+            return failure(NotFoundError, f"{pool.key.path} has no method {method_of(address.function)!r}: {known}")
+        return pool.refusal
+
+    async def _fail_impossible(self) -> None:
+        """Inputs that nobody can run fail, unless what they need was deployed since: ask, before saying so."""
         key = self._pool.key
         record = await self._worker.settler.insist(lambda: self._worker.broker.registry.function(key.app, key.function))
-        removed, self._of_removed = self._of_removed, []
         if record is not None and record.removed is None:
             self._pool.update(record)
-        for held in removed:
-            if self._pool.record.removed is None:
-                self._accept(held)
+        inputs, self._impossible = self._impossible, []
+        for held in inputs:
+            if (why := self._why_impossible(held)) is not None:
+                self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=why))
             else:
-                gone = failure(NotFoundError, self._pool.record.removed.reason)
-                self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=gone))
+                self._accept(held)
 
     def next_run(self) -> list[Held] | None:
         """Take the inputs of the next run: one, or a batch. `None` where a batch is not full yet, and may still wait.

@@ -323,14 +323,15 @@ def test_calls_of_a_method_that_is_gone_fail(shop: object, mesh: Mesh) -> None:
     source = SHOP.format(name=shop.app.name, ledger="/dev/null")
     for where in ("base", "derived"):
         source = source.replace(f'    @mesh.method()\n    def overridden(self):\n        return "{where}"\n', "")
+    handle = shop.Shop(size=9).overridden
     mesh.redeploy(shop, source)
 
-    def is_gone() -> bool:  # by what this process remembers of the class it may be there for half a minute
+    def is_gone() -> bool:  # this process may remember the class for half a minute, the worker hears of it at once
         with contextlib.suppress(NotFoundError):
-            return not shop.Shop(size=9).overridden.remote()
+            return not handle.remote()
         return True
 
-    until(is_gone, what="the worker, too, knows that the method is gone")
+    until(is_gone, what="the worker knows that the method is gone")
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
