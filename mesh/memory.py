@@ -68,6 +68,14 @@ class MemoryWatch:
             self._timer = None
         return usage.peak if usage else 0
 
+    def held(self, process: int) -> int:
+        """The bytes that a process and its children hold now; 0 if it has ended."""
+        held = 0
+        for pid in _family(process):
+            resident = _resident(pid)
+            held += _exact(pid, resident) if resident else 0
+        return held
+
     def system_killed(self) -> bool:
         """Whether the system killed some process for want of memory within the last seconds."""
         return bool(self._kills) and oom_kills() > self._kills[0][1]
@@ -111,6 +119,20 @@ def _processes() -> Iterator[tuple[int, int, int]]:
                 stat = _read(f"{_PROC}/{name}/stat")
                 fields = stat[stat.rindex(b")") + 2 :].split()
                 yield int(name), int(fields[3]), int(fields[21]) * _PAGE
+
+
+def _family(process: int) -> Iterator[int]:
+    """A process, its children, and theirs."""
+    yield process
+    with contextlib.suppress(OSError):  # it has ended, or the kernel does not tell
+        for child in _read(f"{_PROC}/{process}/task/{process}/children").split():
+            yield from _family(int(child))
+
+
+def _resident(pid: int) -> int:
+    with contextlib.suppress(OSError, IndexError):
+        return int(_read(f"{_PROC}/{pid}/statm").split()[1]) * _PAGE
+    return 0
 
 
 def _exact(pid: int, resident: int) -> int:

@@ -57,6 +57,15 @@ class Size:
             and (not self.memory or self.memory <= free.memory)
         )
 
+    def times(self, free: Size) -> int:
+        """How often there is room for it."""
+        times = [free.containers // self.containers]
+        if self.cpus:
+            times.append(int((free.cpus + _ROUNDING) / self.cpus))
+        if self.memory:
+            times.append(free.memory // self.memory)
+        return max(0, min(times))
+
     def eases(self, wanted: Size, free: Size) -> bool:
         """Whether `wanted`, which does not fit, comes nearer to it when this becomes free."""
         return (

@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import statistics
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mesh import execution, placement, report
-from mesh.autoscaler import Load, containers_wanted
 from mesh.broker.leases import BUSY, IDLE
 from mesh.container import Container, Exit
 from mesh.exception import Error, InvalidError
@@ -27,6 +24,7 @@ from mesh.placement import Size
 from mesh.protocol import CancelRequest, Failure, PoolKey, failure, method_of
 from mesh.records import FunctionRecord
 from mesh.runs import Assignment, Flow, Run
+from mesh.scaling import Scaling
 from mesh.settle import Held
 from mesh.spec import FunctionSpec
 from mesh.variant import Variant
@@ -39,7 +37,6 @@ logger = logging.getLogger("mesh.worker")
 _READ_AHEAD = 8  # inputs a container holds besides the running one, where runs are short
 _SHORT = 0.05  # seconds; runs are short where their median is below this
 _HOSTAGE = 1.0  # seconds after which inputs do not wait behind a running one any longer
-_RECENT = 32  # runs the median is taken of
 _REFUSED_BATCH = 100  # inputs that nobody can run, of a removed function for example, taken at once to be failed
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0  # seconds between tries to start code that does not start
 _RESULT_HEADERS = 4096  # bytes kept free of the message's limit for the headers of a result
@@ -66,8 +63,7 @@ class Pool:
         self.intake = Intake(worker, self)
         self.share = worker.slots.share(self)
         self._versions: dict[Container, str] = {}
-        self._durations: deque[float] = deque(maxlen=_RECENT)
-        self._median: float | None = None
+        self.scaling = Scaling(worker, self)
         self._backoff = 0.0
         self._retry_at = 0.0
         self.start_error = ""
@@ -93,12 +89,23 @@ class Pool:
 
     @property
     def is_awake(self) -> bool:
-        """Whether it has containers, or inputs that wait for one."""
-        return bool(self.containers or self.intake.waiting)
+        """Whether it has containers, or is to have some, or inputs that wait for one."""
+        return bool(self.containers or self.intake.waiting or (self.spec.min_containers and self.is_open))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether inputs of it are run here."""
+        return not (self.unfit or self.refusal or self.closed or self.record.removed)
 
     @property
     def running(self) -> int:
+        """Inputs that containers have."""
         return sum(c.load for c in self.containers)
+
+    @property
+    def headroom(self) -> int:
+        """Inputs that its containers could take at once beside those they have."""
+        return sum(max(0, self.spec.inputs_wanted - c.load) for c in self.serving)
 
     @property
     def starving_since(self) -> float | None:
@@ -143,8 +150,7 @@ class Pool:
             self.hand_back(self.unfit)
         if changed:
             self._retry_at = self._backoff = 0.0
-            self._durations.clear()
-            self._median = None
+            self.scaling.autoscaler.reset()
             for container in self.containers:
                 container.take_back()
                 container.stop()
@@ -222,7 +228,7 @@ class Pool:
             return  # where the store takes nothing, what is held stays held, and nothing begins
         self._assign()
         serving = self.serving
-        self._grow(serving)
+        self._scale(serving)
         self.share.tidy()
         if self.share.is_shut_out:
             self._pass_on()
@@ -238,14 +244,11 @@ class Pool:
                 self._give(container, inputs)
 
     def _seat(self) -> Container | None:
-        """A container that can begin a run: an idle one, else the one with the fewest."""
-        best: Container | None = None
-        for container in self.containers:
-            if self._room(container) > 0 and (best is None or container.load < best.load):
-                if not container.load:
-                    return container
-                best = container
-        return best
+        """A container that can begin a run: one that runs some, but fewer than it is to; else the idle one that was
+        used last, so that what is too many stays idle, and ends; else the one with the fewest."""
+        wanted = self.spec.inputs_wanted
+        free = [container for container in self.containers if self._room(container) > 0]
+        return min(free, key=lambda c: _order(c, wanted), default=None)
 
     def _room(self, container: Container) -> int:
         """Runs a container can take now."""
@@ -253,7 +256,8 @@ class Pool:
             return 0
         if self.spec.single_use_containers:
             return 0 if container.load or container.served else 1
-        return max(0, container.max_inputs + self._read_ahead(container) - container.runs)
+        room = container.max_inputs + self._read_ahead(container) - container.runs
+        return max(0, int(min(room, self.scaling.uses_left(container))))
 
     def _read_ahead(self, container: Container) -> int:
         """Inputs a container may hold besides what it runs: where that is one, and short."""
@@ -262,7 +266,8 @@ class Pool:
 
     @property
     def _short(self) -> bool:
-        return self._median is not None and self._median < _SHORT
+        median = self.scaling.autoscaler.median
+        return median is not None and median < _SHORT
 
     def _give(self, container: Container, inputs: Sequence[Held]) -> None:
         """Have a container run an input, or a batch."""
@@ -278,6 +283,7 @@ class Pool:
         container.run(*assignments)
         if self.spec.single_use_containers:
             container.stop()
+        self.scaling.on_given(container)
 
     def _work(self, held: Held, batch: int) -> Work:
         input = held.lease.input
@@ -301,18 +307,24 @@ class Pool:
         grant = functools.partial(container.grant, work.seq)
         return self._worker.broker.flows.write(work.call, work.index, grant)
 
-    def _grow(self, serving: Sequence[Container]) -> None:
-        """Start containers while the load wants more and there is room for them."""
-        if self.unfit or self._resting() or self.refusal or self.record.removed is not None:
+    def _scale(self, serving: Sequence[Container]) -> None:
+        """End containers that are not needed; start others while the load wants more and there is room for them."""
+        idle = self._idle(serving)
+        plan = self.scaling.plan(idle, self._queued)
+        for container in idle[: plan.end]:
+            container.stop()
+        if self._resting() or not self.is_open:
             return
-        behind = sum(c.behind for c in serving)
-        running = sum(c.load for c in serving) - behind
-        load = Load(waiting=self.backlog + behind, running=running, duration=self._median)
-        missing = containers_wanted(load, self.spec) - len(serving)
-        capacity = self._worker.capacity
+        missing, capacity = plan.start, self._worker.capacity
         while missing > 0 and capacity.could_make_room(self) and self.share.reserve() and capacity.make_room(self):
             self._start_container()
             missing -= 1
+
+    @staticmethod
+    def _idle(serving: Sequence[Container]) -> list[Container]:
+        """Containers with nothing to do, the longest idle first: inputs go to the last, so that what is too many is not
+        used, and ends."""
+        return sorted((c for c in serving if c.ready and not c.load), key=lambda c: c.idle_since)
 
     def _pass_on(self) -> None:
         """Hand back what no container here is about to take: all slots are somewhere else, and perhaps idle there."""
@@ -326,7 +338,12 @@ class Pool:
     @property
     def backlog(self) -> int:
         """Inputs that wait, here and in the queue, as far as this worker knows."""
-        return len(self.intake.waiting) + (0 if self._asked() else self.intake.pending)
+        return len(self.intake.waiting) + self._queued
+
+    @property
+    def _queued(self) -> int:
+        """Inputs in the queue; none where some were asked for, and have not come."""
+        return 0 if self._asked() else self.intake.pending
 
     def _takes(self, serving: Sequence[Container]) -> int:
         """Inputs that these containers take now, or once they are ready."""
@@ -391,6 +408,7 @@ class Pool:
 
     def _drop(self, container: Container) -> None:
         self.containers.remove(container)
+        self.scaling.forget(container)
         del self._versions[container]
         self.share.ended(container)
         self._worker.capacity.changed()
@@ -416,16 +434,13 @@ class Pool:
 
     def spare(self) -> list[Container]:
         """Idle containers that it can do without, the longest idle first."""
-        serving = self.serving
-        idle = sorted((c for c in serving if c.ready and not c.load), key=lambda c: c.idle_since)
-        return idle[: max(0, len(serving) - self.spec.min_containers)]
+        serving, bounds = self.serving, self.scaling.bounds()
+        return self._idle(serving)[: max(0, len(serving) - max(bounds.minimum, bounds.kept))]
 
-    def retire_idle(self) -> None:
-        """Stop containers that have had nothing to do for `scaledown_window` seconds."""
-        now = time.monotonic()
-        for container in self.spare():
-            if now - container.idle_since > self.spec.scaledown_window:
-                container.stop()
+    def tick(self) -> None:
+        """Look at what has no event of its own: time that passes."""
+        self.free_hostages()
+        self.feed()
 
     def free_hostages(self) -> None:
         """Take back inputs that wait behind one that runs long, or while another container idles."""
@@ -447,11 +462,9 @@ class Pool:
             self._start_failed(failure)
 
     def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None:
-        duration = time.monotonic() - assignment.began
-        self._durations.append(duration)
-        if len(self._durations) < _RECENT or self._median is None or container.served % _RECENT == 0:
-            self._median = statistics.median(self._durations)
+        self.scaling.autoscaler.ran(time.monotonic() - assignment.began)
         self.settle(assignment.owner, execution.of_outcome(assignment, outcome))
+        self.scaling.on_outcome(container)
         if not container.load:
             self._worker.capacity.on_idle(self, container)
         self.feed()
@@ -497,3 +510,10 @@ class Pool:
         finally:
             self._worker.release(held)
         report.ended(held, verdict)
+
+
+def _order(container: Container, wanted: int) -> tuple[int, float]:
+    """Which container gets an input first, of those that are to have so many."""
+    if 0 < container.load < wanted:
+        return 0, -container.load
+    return (2, container.load) if container.load else (1, -container.idle_since)

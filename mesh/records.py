@@ -339,6 +339,8 @@ class WorkerRecord:
         containers: how many it may run, and `used` how many it does; the same for the cores and the MiB of memory that
             functions claim. labels: what functions may ask of it.
         running: inputs that began a second ago or more.
+        functions: pools with containers, and how many. inputs: how many inputs they run. headroom: how many more they
+            could run at once. in_use: pools with a minimum or a buffer that had inputs lately.
         unfit: functions it does not run, each with the reason. trouble: why it begins nothing at all; empty if it does.
     """
 
@@ -360,6 +362,9 @@ class WorkerRecord:
     memory: int = 0
     used_memory: int = 0
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    inputs: Mapping[str, int] = field(default_factory=dict[str, int])
+    headroom: Mapping[str, int] = field(default_factory=dict[str, int])
+    in_use: tuple[str, ...] = ()
     at: float = field(default_factory=time.time)
 
     def encode(self) -> bytes:
@@ -370,4 +375,5 @@ class WorkerRecord:
         with _reading(data, "the worker's record") as fields:
             values = _known(cls, fields)
             values["running"] = tuple(values.get("running", ()))
+            values["in_use"] = tuple(values.get("in_use", ()))
             return cls(**values)

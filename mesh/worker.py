@@ -18,15 +18,13 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import IntEnum
 
-import mesh
 from mesh import container as containers
 from mesh import machine
 from mesh.background import Background
 from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered, translated
-from mesh.broker.fleet import RENEW_WORKER
 from mesh.broker.leases import Pace
 from mesh.capacity import Capacity
 from mesh.codecache import CodeCache
@@ -35,13 +33,13 @@ from mesh.container import Container
 from mesh.deployed import Deployed
 from mesh.examine import Examiner
 from mesh.exception import Error
+from mesh.fleet import Fleet
 from mesh.labels import parse_labels
 from mesh.memory import MemoryWatch
 from mesh.nursery import Nursery
 from mesh.placement import Offer, Size
 from mesh.pool import Pool
 from mesh.protocol import CancelRequest, PoolKey
-from mesh.records import WorkerRecord
 from mesh.scratch import Scratch
 from mesh.settle import Held, Settler
 from mesh.slots import Slots
@@ -53,7 +51,6 @@ logger = logging.getLogger("mesh.worker")
 
 _TICK = 0.5  # seconds between looks at what has no event of its own
 _REREAD = 20.0  # seconds between reads of all heads, in case a push was missed
-_SEEN_AFTER = 1.0  # seconds after which a running input is announced, so that short ones cost nothing
 _SETTLE_DOWN = (0.8, 1.2)  # seconds after a reconnect in which leases are renewed and nothing new is asked for
 _HELD_TOO_LONG = 2.0  # seconds after which an input that has no room here goes to a worker that has
 _CLIENTS_SWEEP = 10.0  # seconds between looks whether single runs and waiting callers have lost their client
@@ -91,7 +88,6 @@ class Worker:
         self.draining = False
         self.offer = _offer(self.name, settings)
         self.deployed = Deployed(self)
-        self._pools = self.deployed.pools
         self.awake: dict[PoolKey, Pool] = {}  # those with containers or inputs: most of many functions sleep
         self.capacity = Capacity(self.offer.size, self.awake.values())
         self._held: dict[str, Held] = {}
@@ -100,13 +96,20 @@ class Worker:
         self._show_output = on_output
         self._stop = asyncio.Event()
         self._signals = 0
-        self._started = time.time()
         self._pulling_from = 0.0
         self._resuming: asyncio.Task[None] | None = None
         self._pulling_again: dict[str, float] = {}
-        self._announced = 0.0
-        self._announcement: tuple[tuple[str, ...], dict[str, str], bool] = (), {}, False
-        self._presence = 0
+        self.fleet = Fleet(self, self._on_fleet)
+
+    @property
+    def pools(self) -> Collection[Pool]:
+        """All that is deployed."""
+        return self.deployed.pools.values()
+
+    @property
+    def held(self) -> Collection[Held]:
+        """The inputs whose leases are kept."""
+        return self._held.values()
 
     # --- the whole of it ---------------------------------------------------------------------------------------------
 
@@ -168,7 +171,8 @@ class Worker:
         await self.puller.start()
         await self.deployed.watch()
         await self.broker.consumers.watch(self.on_consumer_made)
-        await self._announce()
+        await self.fleet.listen()
+        await self.fleet.announce()
         self.examiner.trust_from(await self.broker.workers.server_time(self.name))
         await self._read_deployed()
         logger.info(
@@ -217,11 +221,11 @@ class Worker:
             return ExitCode.ABNORMAL
         renewing = self.background.spawn(self._regularly(self.ack_wait / 12, self._renew_leases))
         await self.puller.stop()
-        for pool in self._pools.values():
+        for pool in self.pools:
             pool.hand_back("the worker is stopping")
         with contextlib.suppress(TimeoutError, Unanswered, NoResponders, StoreError):
-            await asyncio.wait_for(self._announce(), 2)
-        busy = sum(pool.running for pool in self._pools.values())
+            await asyncio.wait_for(self.fleet.announce(), 2)
+        busy = sum(pool.running for pool in self.pools)
         if busy:
             logger.info("stopping: %d running, given %g s; again to stop now", busy, self.settings.grace)
         await self._wait_for_containers()
@@ -229,9 +233,8 @@ class Worker:
         await self._settle_all()
         await self.slots.close()
         renewing.cancel()
-        if self._presence:
-            with contextlib.suppress(Exception):  # it lapses by itself
-                await self.broker.workers.withdraw(self._presence)
+        with contextlib.suppress(Exception):  # it lapses by itself
+            await self.fleet.withdraw()
         await self.examiner.close()
         await self.background.cancel()
         await self.nursery.close()
@@ -243,23 +246,23 @@ class Worker:
     async def _wait_for_containers(self) -> None:
         """Until all have ended, with their clean-up; the grace is over; or there is a second signal."""
         deadline = time.monotonic() + self.settings.grace
-        for pool in self._pools.values():
+        for pool in self.pools:
             for container in list(pool.containers):
                 container.take_back()
                 if container.ready:
                     container.stop()
                 else:
                     container.kill("the worker is stopping")
-        while any(c.ready for pool in self._pools.values() for c in pool.containers) and self._signals < 2:
+        while any(c.ready for pool in self.pools for c in pool.containers) and self._signals < 2:
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(0.02)
 
     async def _end_containers(self) -> None:
         """Kill what is left; what ran in it is handed back without counting as a try."""
-        for pool in self._pools.values():
+        for pool in self.pools:
             pool.abandon("the worker is stopping")
-        ending = [c for pool in self._pools.values() for c in pool.containers]
+        ending = [c for pool in self.pools for c in pool.containers]
         if ending:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
@@ -275,7 +278,7 @@ class Worker:
             await self.broker.connection.flush()
 
     def _kill_containers(self, reason: str) -> None:
-        for pool in self._pools.values():
+        for pool in self.pools:
             for container in pool.containers:
                 container.kill(reason)
 
@@ -322,7 +325,7 @@ class Worker:
         self.examiner.on_consumer_remade(consumer, made)
         self.upkeep.found(consumer)
         self._pulling_again[consumer] = time.monotonic() + random.uniform(*_SETTLE_DOWN)
-        self.background.spawn(self.settler.insist(self._announce))
+        self.background.spawn(self.settler.insist(self.fleet.announce))
         self.wake_at(self._pulling_again[consumer], pool)
 
     def known(self, lease: Lease) -> Held | None:
@@ -373,6 +376,7 @@ class Worker:
         self._pulling_from = time.monotonic() + random.uniform(*_SETTLE_DOWN)
         self.examiner.on_reconnected()
         self.slots.on_reconnected()
+        self.fleet.on_reconnected()
         self._resuming = self.background.spawn(self._resume())
 
     async def _resume(self) -> None:
@@ -384,14 +388,20 @@ class Worker:
             await held.lease.renew()
         logger.info("the server is back")
         # List everything held, so that nobody runs what the server may deliver once more as if for the first time.
-        await self.settler.insist(self._announce)
+        await self.settler.insist(self.fleet.announce)
         self.examiner.trust_from(await self.settler.insist(lambda: self.broker.workers.server_time(self.name)))
         await asyncio.sleep(max(0.0, self._pulling_from - time.monotonic()))
         self._feed_all()
         await self.settler.insist(self._read_deployed)
 
+    def _on_fleet(self) -> None:
+        """The workers are others, or do something else: so are the shares of what they have together."""
+        for pool in self.pools:
+            if pool.scaling.is_bounded:
+                pool.feed()
+
     def _feed_all(self) -> None:
-        for pool in list(self._pools.values()):
+        for pool in list(self.pools):
             pool.feed()
 
     # --- time --------------------------------------------------------------------------------------------------------
@@ -399,75 +409,26 @@ class Worker:
     async def _tick(self) -> None:
         self.puller.check()
         for key, pool in list(self.awake.items()):
-            pool.free_hostages()
-            pool.retire_idle()
+            pool.tick()
             if not pool.is_awake:
                 del self.awake[key]
         self.capacity.make_way()
-        await self._pass_on()
-        news = (self._long_running(), self._troubles(), bool(self.settler.trouble))
-        if news != self._announcement or time.monotonic() - self._announced > RENEW_WORKER:
-            await self._announce()
+        self._pass_on()
+        await self.fleet.tick()
 
-    async def _pass_on(self) -> None:
+    def _pass_on(self) -> None:
         """Hand inputs that wait for room here to workers that have it."""
         waiting = self.capacity.starving(_HELD_TOO_LONG)
         if not waiting or self.settler.trouble:
             return
-        others = [
-            w for w in await self.broker.workers.all() if w.worker != self.name and not w.draining and not w.trouble
-        ]
         for pool in waiting:
-            fit = (other for other in others if pool.key.path not in other.unfit)
+            fit = (other for other in self.fleet.others if str(pool.key) not in other.unfit)
             if any(pool.size.fits(Size.free_at(other)) for other in fit):
                 pool.hand_back("another worker has room")
 
     def wake_at(self, moment: float, pool: Pool) -> None:
         """Feed a pool again at a monotonic time."""
         asyncio.get_running_loop().call_later(max(0.0, moment - time.monotonic()) + 0.01, pool.feed)
-
-    def _long_running(self) -> tuple[str, ...]:
-        """What is announced as running: inputs that began a while ago; for a while after a reconnect, all held."""
-        if self.examiner.lists_all:
-            return tuple(held.key for held in self._held.values() if held.lease.address is not None)
-        return tuple(
-            assignment.owner.key
-            for pool in self.awake.values()
-            for container in pool.containers
-            for assignment in container.assignments
-            if assignment.began and time.monotonic() - assignment.began > _SEEN_AFTER
-        )
-
-    def _troubles(self) -> dict[str, str]:
-        return {str(pool.key): pool.trouble for pool in self._pools.values() if pool.trouble}
-
-    async def _announce(self) -> None:
-        """Say that this worker is alive, and what it does."""
-        running, troubles, trouble = self._long_running(), self._troubles(), self.settler.trouble
-        self._announcement, self._announced = (running, troubles, bool(trouble)), time.monotonic()
-        size, used = self.offer.size, self.capacity.used
-        self._presence = await self.broker.workers.announce(
-            WorkerRecord(
-                worker=self.name,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                python=platform.python_version(),
-                mesh_version=mesh.__version__,
-                started=self._started,
-                containers=size.containers,
-                used=used.containers,
-                draining=self.draining,
-                running=running,
-                functions={str(pool.key): len(pool.containers) for pool in self.awake.values() if pool.containers},
-                unfit=troubles,
-                trouble=trouble and f"worker {self.name} begins nothing until the store takes results: {trouble}",
-                cpus=size.cpus,
-                used_cpus=used.cpus,
-                memory=size.memory,
-                used_memory=used.memory,
-                labels=self.offer.labels,
-            )
-        )
 
     # --- what pools need ---------------------------------------------------------------------------------------------
 

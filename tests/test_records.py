@@ -133,6 +133,9 @@ WORKER = WorkerRecord(
     memory=8192,
     used_memory=512,
     labels={"gpu": "l4"},
+    inputs={"shop.resize": 1},
+    headroom={"shop.resize": 1},
+    in_use=("shop.resize",),
     at=1_700_000_001.5,
 )
 WORKER_JSON: dict[str, Any] = {
@@ -155,6 +158,9 @@ WORKER_JSON: dict[str, Any] = {
     "memory": 8192,
     "used_memory": 512,
     "labels": {"gpu": "l4"},
+    "inputs": {"shop.resize": 1},
+    "headroom": {"shop.resize": 1},
+    "in_use": ["shop.resize"],
     "at": 1_700_000_001.5,
 }
 

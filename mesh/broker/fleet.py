@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+
+from nats.aio.msg import Msg
 
 from mesh.background import Background
 from mesh.broker.bucket import Bucket
@@ -16,7 +18,7 @@ from mesh.records import Attempt, AttemptLog, WorkerRecord
 from mesh.topology import Topology
 
 WORKER_TTL = 30.0  # seconds a worker is taken as alive after it last said so
-RENEW_WORKER = 10.0  # seconds between two such signs
+RENEW_WORKER = 5.0  # seconds between two such signs
 _FRESH = 2.0  # seconds a list of workers is good enough for a hint
 APP_TTL = 30.0  # the same for the client of a single run
 RENEW_APP = 10.0
@@ -27,6 +29,7 @@ class Workers:
     """The workers that are alive."""
 
     def __init__(self, connection: Connection, topology: Topology) -> None:
+        self._connection = connection
         self._bucket = Bucket(connection, topology, "workers")
         self._recent: tuple[float, list[WorkerRecord]] = (0.0, [])
         self._reading = asyncio.Lock()
@@ -43,6 +46,15 @@ class Workers:
     async def withdraw(self, sequence: int) -> None:
         """Say that it has ended."""
         await self._bucket.delete(sequence)
+
+    async def watch(self, on_record: Callable[[WorkerRecord], None]) -> None:
+        """Be told what workers announce, as they do. Announcements can get lost; the next one comes soon."""
+
+        async def deliver(message: Msg) -> None:
+            with contextlib.suppress(Error):  # of another version of mesh
+                on_record(WorkerRecord.decode(message.data))
+
+        await self._connection.subscribe(self._bucket.subject("*"), deliver)
 
     async def recent(self) -> list[WorkerRecord]:
         """The same as `all`, perhaps some seconds old: for hints, of which thousands may be asked for at once."""
