@@ -377,6 +377,11 @@ class Cls:
             variant=Variant(self._variant.options, construction),
         )
 
+    def containers(self, construction: Construction) -> Function[Any, Any]:
+        """What stands for the containers of an instance. Not for users: the instance has their methods."""
+        variant = Variant(self._variant.options, construction)
+        return Function(self._name, self._home, environment=self._environment, spec=self._spec, variant=variant)
+
     # --- what a handle says of itself --------------------------------------------------------------------------------
 
     @property
@@ -429,6 +434,16 @@ class Obj:
         self._mesh_construction = construction
         self._mesh_instance: Any = None
         self._mesh_entered = False
+
+    @property
+    def update_autoscaler(self) -> Any:
+        """`Function.update_autoscaler` for the containers of this instance, and of all with the same parameters."""
+        return self._mesh_cls.containers(self._mesh_construction).update_autoscaler
+
+    @property
+    def get_current_stats(self) -> Any:
+        """`Function.get_current_stats`, of these containers."""
+        return self._mesh_cls.containers(self._mesh_construction).get_current_stats
 
     def __getattr__(self, name: str) -> Any:
         cls = self._mesh_cls

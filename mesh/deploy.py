@@ -282,6 +282,8 @@ async def deploy(
         await broker.ensure()
         previous, sequence = await broker.registry.head(app)
         live = {record.spec.name: record.version for record in records}
+        if previous is not None:
+            await broker.autoscalers.reset(app)
         if previous is not None and previous.state is state and dict(previous.functions) == live:
             return Deployment(previous, records, False, ())
         gone = sorted(set(previous.functions) - set(live)) if previous else []
@@ -389,6 +391,7 @@ async def end_run(broker: Broker, app: str) -> None:
         await broker.consumers.remove(broker.topology.consumer(pool))
     # What was published between the two is nobody's now: once more.
     await cancel_queued(broker, app, f"app {head.name if head else app!r} ended")
+    await broker.autoscalers.erase(app)
     await broker.pools.erase(app)
     await broker.registry.erase(app)
     await broker.registry.code.erase(app)

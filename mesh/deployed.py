@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from mesh.pool import Pool
 from mesh.protocol import SHARED_POOL, PoolKey
@@ -34,6 +34,7 @@ class Deployed:
         self._by_consumer: dict[str, Pool] = {}
         self._heads: dict[str, AppHead] = {}
         self._asked_for: dict[PoolKey, PoolRecord] = {}
+        self._autoscalers: dict[PoolKey, Mapping[str, Any]] = {}
 
     @property
     def runs(self) -> list[AppHead]:
@@ -49,6 +50,7 @@ class Deployed:
         broker = self._worker.broker
         await broker.registry.watch(self._on_head, self._on_unreadable)
         await broker.pools.watch(self._on_pool)
+        await broker.autoscalers.watch(self._on_autoscaler)
 
     async def read(self) -> None:
         """All apps and pools, as the store has them; what vanished there vanishes here."""
@@ -66,6 +68,22 @@ class Deployed:
         for key in asked_for:
             self._set_own(key)
         self._forget_unasked()
+        await self._read_autoscalers()
+
+    async def _read_autoscalers(self) -> None:
+        found = await self._worker.broker.autoscalers.all()
+        for pool in set(self._autoscalers) | set(found):
+            self._on_autoscaler(pool, found.get(pool, {}))
+
+    def _on_autoscaler(self, key: PoolKey, options: Mapping[str, Any]) -> None:
+        """Somebody has changed the bounds of a pool, or deployed it anew."""
+        if options:
+            self._autoscalers[key] = options
+        else:
+            self._autoscalers.pop(key, None)
+        pool = self.pools.get(key)
+        if pool is not None and pool.bounds_set != options:
+            pool.set_bounds(options)
 
     async def _add_missing(self, heads: Iterable[AppHead], asked_for: Iterable[PoolKey]) -> None:
         """Make the consumers that there should be, and are not."""
@@ -124,6 +142,8 @@ class Deployed:
         if pool is None:
             pool = self.pools[key] = Pool(self._worker, key, record, variant)
             self._by_consumer[pool.consumer] = pool
+            if key in self._autoscalers:
+                pool.set_bounds(self._autoscalers[key])
             unfit = f", not run here: {pool.unfit}" if pool.unfit else ""
             logger.info("%s version %s%s", key, record.version[:12], unfit)
             pool.feed()

@@ -1,5 +1,6 @@
 """Where Modal has these names: `modal.functions.FunctionCall` and the like keep working."""
 
 from mesh.sdk import Function, FunctionCall
+from mesh.stats import FunctionAutoscalerSettings, FunctionStats
 
-__all__ = ["Function", "FunctionCall"]
+__all__ = ["Function", "FunctionAutoscalerSettings", "FunctionCall", "FunctionStats"]

@@ -7,11 +7,12 @@ to call. Nothing here waits; what needs the store runs in the background and end
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mesh import execution, placement, report
 from mesh.broker.leases import BUSY, IDLE
@@ -46,7 +47,8 @@ class Pool:
     """The containers of one function on this worker, and the inputs that wait for them.
 
     Attributes:
-        spec: the options in force. unfit: why this worker cannot run it; empty if it can.
+        spec: the options in force. bounds_set: those of them that `update_autoscaler` has set.
+        unfit: why this worker cannot run it; empty if it can.
         refusal: why nobody can run its inputs, which fail with that; `None` where somebody can.
     """
 
@@ -55,6 +57,7 @@ class Pool:
         self.record = record
         self.variant = variant
         self.spec = record.spec
+        self.bounds_set: Mapping[str, Any] = {}
         self.refusal: Failure | None = None
         self.containers: list[Container] = []
         self.consumer = worker.broker.topology.consumer(key)
@@ -164,7 +167,18 @@ class Pool:
             self.spec = self.variant.apply(self.record.spec)
         except (TypeError, InvalidError) as error:
             self.refusal = failure(type(error), str(error))
+        try:
+            self.spec = dataclasses.replace(self.spec, **self.bounds_set)
+        except (TypeError, InvalidError) as error:  # set for what was deployed before
+            logger.warning("%s: what update_autoscaler has set does not count: %s", self.key, error)
         self.unfit = placement.unfit(self.record, self.spec, self._worker.offer)
+
+    def set_bounds(self, options: Mapping[str, Any]) -> None:
+        """Have other bounds of its containers from now on; they themselves stay."""
+        self.bounds_set = options
+        self._set_spec()
+        logger.info("%s: %s", self.key, ", ".join(f"{n}={v}" for n, v in options.items()) or "bounds as deployed")
+        self.feed()
 
     def close(self, reason: str) -> None:
         """The app of a single run has ended: nothing of it runs on."""

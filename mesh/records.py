@@ -180,6 +180,21 @@ class PoolRecord:
             return cls(**_known(cls, fields), variant=Variant.from_json(fields))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscalerRecord:
+    """What `update_autoscaler` has set for a pool since the last deploy: options of `FunctionSpec`, by name."""
+
+    options: Mapping[str, Any]
+
+    def encode(self) -> bytes:
+        return _dump({"autoscaler": dict(self.options)})
+
+    @classmethod
+    def decode(cls, data: bytes) -> AutoscalerRecord:
+        with _reading(data, "the autoscaler's settings") as fields:
+            return cls(options=dict(fields["autoscaler"]))
+
+
 class AppState(StrEnum):
     DEPLOYED = "deployed"
     EPHEMERAL = "ephemeral"  # of one `mesh run` or `app.run()`; gone soon after it ends

@@ -35,6 +35,7 @@ from mesh.protocol import (
     Failure,
     Format,
     Input,
+    PoolKey,
     Result,
     State,
     call_time,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from mesh.broker import Broker
     from mesh.broker.results import Waiter
     from mesh.records import FunctionRecord, PoolRecord
+    from mesh.stats import FunctionAutoscalerSettings, FunctionStats
     from mesh.status import CallStatus
 
 P = ParamSpec("P")
@@ -489,6 +491,50 @@ class Function(Generic[P, R]):
             variant=self._variant.with_options(options),
         )
 
+    # --- its containers ----------------------------------------------------------------------------------------------
+
+    @both
+    async def update_autoscaler(
+        self,
+        /,
+        *,
+        min_containers: int | None = None,
+        max_containers: int | None = None,
+        buffer_containers: int | None = None,
+        scaledown_window: float | None = None,
+    ) -> FunctionAutoscalerSettings:
+        """Change how many containers the function has, without deploying it: at once, on all workers, until its app is
+        deployed again, which lets what its source says hold (also where nothing else has changed).
+
+        What is not given stays as it was set. A handle of `with_options` changes its own containers alone.
+
+        Raises:
+            InvalidError: a value out of its range; on a method, whose instance has the containers.
+        """
+        from mesh.stats import update_autoscaler
+
+        options = {
+            "min_containers": min_containers,
+            "max_containers": max_containers,
+            "buffer_containers": buffer_containers,
+            "scaledown_window": scaledown_window,
+        }
+        if method_of(self._name):
+            raise InvalidError(
+                f"{self._name!r} is a method: its containers are those of the instance, "
+                f"{class_of(self._name)}(…).update_autoscaler(…)"
+            )
+        broker, target = await self._lookup()
+        return await update_autoscaler(broker, target.pool_key, target.spec, options)
+
+    @both
+    async def get_current_stats(self, /) -> FunctionStats:
+        """How many inputs wait and run, and in how many containers, over all workers."""
+        from mesh.stats import read_stats
+
+        broker, target = await self._lookup()
+        return await read_stats(broker, target.pool_key)
+
     # --- what a handle says of itself --------------------------------------------------------------------------------
 
     @property
@@ -542,14 +588,6 @@ class Function(Generic[P, R]):
         """Not built yet."""
         raise self._not_built("spawn_map")
 
-    def update_autoscaler(self, **options: Any) -> Any:
-        """Not built yet."""
-        raise self._not_built("update_autoscaler")
-
-    def get_current_stats(self) -> Any:
-        """Not built yet."""
-        raise self._not_built("get_current_stats")
-
     def get_web_url(self) -> Any:
         """Not built yet."""
         raise self._not_built("get_web_url")
@@ -583,6 +621,10 @@ class Target:
 
     def address(self, call: str, index: int) -> Address:
         return Address(self.record.app, self.name, self.pool, call, index)
+
+    @property
+    def pool_key(self) -> PoolKey:
+        return PoolKey(self.record.app, class_of(self.name), self.pool)
 
     def registration(self, client: str) -> PoolRecord:
         """What workers are told of the pool."""

@@ -187,6 +187,17 @@ class Topology:
         """A pool in `mesh_pools`, and the start of its slots in `mesh_slots`."""
         return f"{self.function_key(pool.app, pool.function)}.{pool.pool}"
 
+    def autoscaler_key(self, pool: PoolKey) -> str:
+        """What `update_autoscaler` has set for a pool, in the bucket of pools."""
+        return f"{self.pool_key(pool)}.autoscaler"
+
+    def parse_autoscaler(self, key: str) -> PoolKey | None:
+        """Whose autoscaler a key of the bucket of pools is about; `None` if it is another kind of key."""
+        tokens = key.split(".")
+        if len(tokens) != 4 or tokens[3] != "autoscaler":
+            return None
+        return PoolKey(unescape(tokens[0]), unescape(tokens[1]), tokens[2])
+
     def head_key(self, app: str) -> str:
         return escape(app)
 

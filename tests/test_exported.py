@@ -217,8 +217,8 @@ def test_an_image_can_be_described_as_for_modal() -> None:
 
 UNBUILT_METHODS: dict[object, list[str]] = {
     mesh.Function.from_name("a", "f"): words("""
-        spawn_map with_options with_concurrency with_batching update_autoscaler
-        get_current_stats get_web_url
+        spawn_map with_options with_concurrency with_batching
+        get_web_url
     """),
     mesh.FunctionCall.from_id("fc-0"): words("iter get_call_graph"),
     mesh.App(): words("cls server get_dashboard_url"),

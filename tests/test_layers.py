@@ -18,7 +18,7 @@ LEVELS = [
     "exception labels parameters spec decorators config background processes scratch unbuilt",  # values
     "protocol variant flow frames records serialization bundle judge",  # bytes, on the wire and stored
     "topology broker",  # JetStream: as data, and for real
-    "_sync context client status",  # what callers and containers share
+    "_sync context client status stats",  # what callers and containers share
     "settle cancel dead",  # how calls end, and are sent again
     "options map reading sdk functions queue cls report deploy app",  # what users hold
     "wire generating output usercode interrupts answers serving executor zygote",  # containers, from inside

@@ -14,6 +14,7 @@ from nats.aio.subscription import Subscription
 from mesh.background import Background
 from mesh.broker import room, schema
 from mesh.broker.audit import Finding, audit
+from mesh.broker.autoscalers import Autoscalers
 from mesh.broker.calls import Calls
 from mesh.broker.cancels import Cancels
 from mesh.broker.connection import (
@@ -64,6 +65,7 @@ class Broker:
         self.dead = Dead(connection, topology)
         self.registry = Registry(connection, topology)
         self.pools = Pools(connection, topology)
+        self.autoscalers = Autoscalers(connection, topology)
         self.consumers = Consumers(connection, topology)
         self.workers = Workers(connection, topology)
         self.runs = Runs(connection, topology)
