@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapp
 from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Protocol, Self, TypeVar, overload
 
 from mesh._sync import both, bridge
-from mesh.decorators import batching, class_options, concurrency
+from mesh.decorators import batching, class_options, concurrency, is_batched
 from mesh.exception import ExecutionError, InvalidError, UnimplementedError
 from mesh.options import read_variant_options
 from mesh.parameters import MISSING, Construction, Parameter, check_type, values_of
@@ -172,6 +172,7 @@ def describe_class(cls: type, options: Mapping[str, Any]) -> FunctionSpec:
     Raises:
         InvalidError: it cannot be a class of the mesh.
     """
+    _make_batched_methods(cls)
     methods = methods_of(cls)
     if not methods:
         raise InvalidError(f"class {cls.__name__!r} has no method to call: mark one with @mesh.method()")
@@ -183,6 +184,14 @@ def describe_class(cls: type, options: Mapping[str, Any]) -> FunctionSpec:
     marked = class_options(cls, {name: member.raw for name, member in methods.items()})
     specs = {name: member.spec for name, member in methods.items()}
     return FunctionSpec(name=cls.__name__, methods=specs, parameters=parameters, **{**options, **marked})
+
+
+def _make_batched_methods(cls: type) -> None:
+    """`@mesh.batched()` makes a method of a class callable on the mesh, also without `@mesh.method()`."""
+    for base in cls.__mro__:
+        for name, member in list(vars(base).items()):
+            if inspect.isfunction(member) and is_batched(member):
+                setattr(base, name, Method(member, is_generator=False))
 
 
 def _parameters_of(cls: type) -> dict[str, Parameter] | None:

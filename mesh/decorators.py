@@ -61,13 +61,14 @@ def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable
     options = concurrency(max_inputs, target_inputs)
 
     def decorate(marked: T) -> T:
-        _check_place("concurrent", marked)
-        if not isinstance(marked, type) and _is_method(marked):
+        raw = _raw("concurrent", marked)
+        if not isinstance(raw, type) and _is_method(raw):
             raise InvalidError(
-                f"@mesh.concurrent() is on the method {_name(marked)!r}: put it on the class, below @app.cls(); it "
+                f"@mesh.concurrent() is on the method {_name(raw)!r}: put it on the class, below @app.cls(); it "
                 "holds for all methods"
             )
-        return _mark(marked, "concurrent", _CONCURRENT, options)
+        _mark(raw, "concurrent", _CONCURRENT, options)
+        return marked
 
     return decorate
 
@@ -92,19 +93,23 @@ def batched(*, max_batch_size: int, wait_ms: int) -> Callable[[T], T]:
     options = batching(max_batch_size, wait_ms)
 
     def decorate(marked: T) -> T:
-        _check_place("batched", marked)
-        _check_batched(marked)
-        return _mark(marked, "batched", _BATCHED, options)
+        raw = _raw("batched", marked)
+        _check_batched(raw)
+        _mark(raw, "batched", _BATCHED, options)
+        return marked
 
     return decorate
 
 
-def _check_place(decorator: str, marked: object) -> None:
-    if not isinstance(marked, type) and not inspect.isroutine(marked):
+def _raw(decorator: str, marked: object) -> object:
+    """The function or class that a mark is for; of a method, what `@mesh.method()` was given."""
+    raw = getattr(marked, "raw", marked)
+    if not isinstance(raw, type) and not inspect.isroutine(raw):
         raise InvalidError(
             f"@mesh.{decorator}() must stand below @app.function() or @app.cls(), directly above the def or the class: "
             f"swap them. It was given {marked!r}"
         )
+    return raw
 
 
 def _check_batched(marked: object) -> None:
@@ -134,11 +139,10 @@ def _name(marked: object) -> str:
     return str(getattr(marked, "__qualname__", marked))
 
 
-def _mark(marked: T, decorator: str, mark: str, options: Mapping[str, Any]) -> T:
+def _mark(marked: object, decorator: str, mark: str, options: Mapping[str, Any]) -> None:
     if mark in vars(marked):
         raise InvalidError(f"@mesh.{decorator}() is on {_name(marked)!r} twice: keep one")
     setattr(marked, mark, options)
-    return marked
 
 
 # --- what reads the marks --------------------------------------------------------------------------------------------
@@ -150,13 +154,18 @@ def function_options(raw: object) -> dict[str, Any]:
     return {**marks.get(_CONCURRENT, {}), **marks.get(_BATCHED, {})}
 
 
+def is_batched(raw: object) -> bool:
+    """Whether a function is marked with `@mesh.batched()`."""
+    return _BATCHED in getattr(raw, "__dict__", {})
+
+
 def class_options(cls: type, methods: Mapping[str, object]) -> dict[str, Any]:
     """What the marks of a class and of its methods (by name) say, as options of its `FunctionSpec`.
 
     Raises:
         InvalidError: a method is batched that is not the only one.
     """
-    batched_methods = [name for name, method in methods.items() if _BATCHED in getattr(method, "__dict__", {})]
+    batched_methods = [name for name, method in methods.items() if is_batched(method)]
     if batched_methods and len(methods) > 1:
         others = ", ".join(sorted(set(methods) - set(batched_methods[:1])))
         raise InvalidError(

@@ -216,6 +216,34 @@ def test_many_inputs_in_batches(mesh: Mesh) -> None:
     assert list(module.counts.map(range(1000))) == list(range(1, 1001))
 
 
+@pytest.mark.parametrize("both", ["", "@mesh.method()"])
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_method_is_batched(mesh: Mesh, both: str, kind: str) -> None:
+    module = mesh.deploy(f"""
+        import mesh
+        app = mesh.App("batched-methods")
+
+        @app.cls(max_containers=1)
+        class Model:
+            factor: int = mesh.parameter(default=2)
+
+            {both}
+            @mesh.batched(max_batch_size=3, wait_ms=60_000)
+            {kind} times(self, xs, ys):
+                return [self.factor * x * y + len(xs) for x, y in zip(xs, ys, strict=True)]
+    """)
+    assert list(module.Model(factor=10).times.map([1, 2, 3], [1, 1, 1])) == [13, 23, 33]
+    assert list(module.Model().times.starmap([(1, 1), (2, 1), (3, 1)])) == [5, 7, 9]
+
+
+def test_a_handle_is_given_batches_and_concurrency(mesh: Mesh) -> None:
+    module = mesh.deploy(jobs("handles"))
+    three = module.full.with_batching(max_batch_size=3, wait_ms=60_000)
+    assert list(three.map(range(3))) == [(2 * x, 3) for x in range(3)]
+    pairs = module.meets.with_concurrency(max_inputs=2)
+    assert list(pairs.map(range(4))) == [2] * 4
+
+
 # --- cancel and timeout ----------------------------------------------------------------------------------------------
 
 

@@ -336,6 +336,103 @@ def test_a_crash_takes_all_with_it_and_each_is_tried_again(mesh: Mesh) -> None:
             pass  # it ran beside the poison three times
 
 
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+MODEL = """
+    import asyncio, mesh, os, threading, time
+    app = mesh.App({name!r})
+
+    def note(path, text):
+        with open(path, "a") as file:
+            file.write(text + "\\n")
+
+    @app.cls(max_containers=1, scaledown_window=1)
+    @mesh.concurrent(max_inputs=2)
+    class Model:
+        path: str = mesh.parameter()
+
+        @mesh.enter()
+        async def opens(self):
+            self.loop = asyncio.get_running_loop()
+            note(self.path, "enter 1")
+
+        @mesh.enter()
+        def loads(self):
+            note(self.path, "enter 2")
+
+        @mesh.method()
+        async def later(self, x):
+            return x, asyncio.get_running_loop() is self.loop
+
+        @mesh.method()
+        def now(self, x, seconds=0):
+            note(self.path, "input")
+            time.sleep(seconds)
+            return x, threading.current_thread() is threading.main_thread()
+
+        @mesh.exit()
+        def fails(self):
+            note(self.path, "exit 1")
+            raise ValueError("will not close")
+
+        @mesh.exit()
+        async def closes(self):
+            note(self.path, f"exit 2 {{asyncio.get_running_loop() is self.loop}}")
+"""
+
+
+def test_hooks_run_around_the_inputs_of_a_class(own_mesh: Callable[..., Mesh]) -> None:
+    """Scaled down when idle, then drained with its worker while an input runs: both times its exit hooks run."""
+    mesh = own_mesh()
+    module = mesh.deploy(MODEL.format(name="hooks"))
+    worker = mesh.start_worker()
+    path = mesh.ledger().path
+    model = module.Model(path=str(path))
+    assert model.later.remote(1) == (1, True)
+    assert model.now.remote(2) == (2, False)
+    life = ["enter 1", "enter 2", "input", "exit 1", "exit 2 True"]
+    until(lambda: mesh.ledger().lines() == life, what="it is scaled down")
+    until(lambda: "the exit hook Model.fails failed" in worker.log and "ValueError: will not close" in worker.log)
+    call = model.now.spawn(3, 1)
+    until(lambda: mesh.ledger().count("input") == 2)
+    assert worker.stop() == 0
+    assert call.get(timeout=10) == (3, False)
+    assert mesh.ledger().lines() == life * 2
+
+
+def test_an_exit_hook_that_does_not_end_is_killed_and_the_worker_with_it_stops(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    module = mesh.deploy("""
+        import mesh, os, time
+        app = mesh.App("stubborn-exit")
+        @app.cls()
+        class Model:
+            @mesh.method()
+            def pid(self):
+                return os.getpid()
+            @mesh.exit()
+            def closes(self):
+                while True:
+                    try:
+                        time.sleep(60)
+                    except BaseException:
+                        pass
+    """)
+    worker = mesh.start_worker(MESH_CANCEL_GRACE="1")
+    process = module.Model().pid.remote()
+    assert worker.stop() == 0
+    assert not alive(process)
+
+
+def test_exit_hooks_run_when_an_app_ends(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    module = mesh.load(MODEL.format(name="ending"))
+    mesh.start_worker()
+    with module.app.run():
+        assert module.Model(path=str(mesh.ledger().path)).now.remote(1) == (1, False)
+    until(lambda: mesh.ledger().count("exit 2 True"))
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 

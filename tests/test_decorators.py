@@ -115,6 +115,23 @@ def test_concurrent_on_a_method_belongs_on_the_class() -> None:
                 return x
 
 
+def test_batched_and_method_stand_in_any_order() -> None:
+    class Model:
+        @mesh.batched(max_batch_size=8, wait_ms=50)
+        @mesh.method()
+        def ask(self, x: list[int]) -> list[int]:
+            return x
+
+    assert function_options(vars(Model)["ask"].raw) == batching(8, 50)
+    with pytest.raises(InvalidError, match=r"is on the method '.*Other.tell': put it on the class"):
+
+        class Other:
+            @mesh.concurrent(max_inputs=2)
+            @mesh.method()
+            def tell(self, x: int) -> int:
+                return x
+
+
 def gives(x: list[int]) -> Generator[int]:
     yield from x
 
