@@ -76,7 +76,7 @@ class Zygote:
         for module in _PRELOADED:
             self._turn(0.0)
             importlib.import_module(module)
-        gc.freeze()
+            gc.freeze()  # what is forked in between shares it, too
         while not self._worker_gone:
             self._turn(math.inf)
         self._end_all()
