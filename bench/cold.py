@@ -1,4 +1,5 @@
-"""How long after its call the first line of a function runs, where no container is there for it."""
+"""How long after its call the first line of a function runs, where no container is there for it; and what containers
+hold that have nothing to do."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def rows(starts: int, worker_starts: int) -> list[Row]:
             mesh.start_worker()
             first.append(_until_begun(module.now))
         warm = [_from_rest(mesh, module.now) for _ in range(starts)]
-    return [*_quantiles("zygote warm", warm), *_quantiles("right after the worker's start", first)]
+    return [*_quantiles("zygote warm", warm), *_quantiles("right after the worker's start", first), *_idle(50)]
 
 
 def _until_begun(function) -> float:
@@ -34,7 +35,7 @@ def _until_begun(function) -> float:
 def _from_rest(mesh: Rig, function) -> float:
     """The same, once the container of the call before has ended."""
     assert mesh.worker is not None
-    while any(machine.is_container(pid) for pid in machine.descendants(mesh.worker.pid)):
+    while machine.containers(mesh.worker.pid):
         time.sleep(0.01)
     return _until_begun(function)
 
@@ -43,3 +44,24 @@ def _quantiles(what: str, values: Sequence[float]) -> list[Row]:
     ordered = sorted(values)
     high = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
     return [row(f"{what}, p50 (ms)", values), row(f"{what}, p99 (ms)", [high])]
+
+
+def _idle(count: int) -> list[Row]:
+    """Memory of containers of an empty function that have run one input each, and of the zygote they share it with."""
+    with rig() as mesh:
+        module = mesh.load("cold_app", functions.COLD)
+        module.app.deploy()
+        mesh.start_worker(count)
+        assert mesh.worker is not None
+        calls = [module.rest.spawn(mesh.folder / "gate") for _ in range(count)]
+        while len(machine.containers(mesh.worker.pid)) < count:
+            time.sleep(0.1)
+        (mesh.folder / "gate").touch()
+        for call in calls:
+            call.get()
+        held = [machine.usage(pid).memory / 1e6 for pid in machine.containers(mesh.worker.pid)]
+        zygotes = sum(machine.usage(pid).memory / 1e6 for pid in machine.children(mesh.worker.pid))
+    return [
+        row(f"{count} idle containers, their share of memory together (MB)", [sum(held)]),
+        row("their zygote's share (MB)", [zygotes]),
+    ]

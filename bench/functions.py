@@ -42,7 +42,7 @@ def many_apps(count: int) -> str:
     return _MANY_APPS.format(count=count)
 
 
-# `now` says when its first line ran, in a container that no call ran in before.
+# `now` says when its first line ran, in a container that no call ran in before; `rest` keeps its own to itself.
 COLD = """
 import time
 
@@ -54,9 +54,16 @@ app = mesh.App("cold")
 @app.function(single_use_containers=True)
 def now() -> float:
     return time.time()
+
+
+@app.function()
+def rest(gate) -> None:
+    while not gate.exists():
+        time.sleep(0.1)
 """
 
 CALLS = """
+import asyncio
 import time
 
 import mesh
@@ -72,5 +79,19 @@ def noop(x: int) -> int:
 @app.function()
 def sleep(x: int) -> int:
     time.sleep(0.01)
+    return x
+
+
+@app.function()
+@mesh.concurrent(max_inputs=50)
+def sleep_in_threads(x: int) -> int:
+    time.sleep(0.01)
+    return x
+
+
+@app.function()
+@mesh.concurrent(max_inputs=50)
+async def sleep_in_tasks(x: int) -> int:
+    await asyncio.sleep(0.01)
     return x
 """

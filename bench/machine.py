@@ -48,23 +48,14 @@ def usage(pid: int) -> Usage:
     return Usage((int(fields[11]) + int(fields[12])) / _TICK, int(pss.split()[1]) * 1024)
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes below a process."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _lines(f"/proc/{entry.name}/stat")):
-            children.setdefault(int(stat[0].rpartition(")")[2].split()[1]), []).append(int(entry.name))
-    found, queue = [], [pid]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
+def children(pid: int) -> list[int]:
+    """Processes that a process is the parent of."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, " ".join(_lines(str(task / "children"))).split())
     return found
 
 
-def is_container(pid: int) -> bool:
-    """Whether a process below a worker runs user code, or is about to."""
-    try:
-        return b"mesh.executor" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+def containers(worker: int) -> list[int]:
+    """A worker's containers: the children of its zygotes."""
+    return [container for zygote in children(worker) for container in children(zygote)]
