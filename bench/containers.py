@@ -15,7 +15,7 @@ _WARM = 300  # calls before: containers are started, runs known to be short
 
 def rows(counts: Sequence[int], calls: int) -> list[Row]:
     """Calls that do nothing, and calls that sleep for 10 ms: one at a time, or 50 in a container. Every result is read
-    and checked; 2,000 calls are under way. What a call costs the worker in CPU says more where others use the machine."""
+    and checked; 2,000 calls are under way. What a call costs the worker in CPU says more where others use it, too."""
     found = []
     for count in counts:
         with rig() as mesh:
