@@ -46,6 +46,9 @@ class Seat:
     def containers(self) -> list[int]:
         return WorkerProcess(self.process, self.log).containers()
 
+    def zygotes(self) -> list[int]:
+        return WorkerProcess(self.process, self.log).zygotes()
+
 
 @dataclass(slots=True)
 class Fleet:

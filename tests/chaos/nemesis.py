@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from mesh.server import NatsServer
 from tests.chaos.fleet import DRAIN_LIMIT, SYNC, Fleet, Seat
 from tests.chaos.plan import Fault, Planned
+from tests.support import alive, children_of, until
 
 _AGAIN = 0.3  # seconds until a fault that found nobody to hit is tried again
 _TICK = 0.1
@@ -138,6 +139,18 @@ class Nemesis:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGSTOP)
         self._for(planned.length, hit, go_on)
+        return hit
+
+    def _zygote_kill(self, planned: Planned) -> Hit:
+        seat = self._seat("worker", planned.pick)
+        hit = Hit(planned.fault, time.time(), time.time(), text=seat.log.stem)
+        for pid in seat.zygotes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)  # so that it forks no container after these
+                hit.containers.update(children_of(pid))
+                os.kill(pid, signal.SIGKILL)
+        until(lambda: not any(map(alive, hit.containers)), what="the containers end with their zygote")
+        hit.end = time.time()
         return hit
 
     def _worker_kill(self, planned: Planned) -> Hit:

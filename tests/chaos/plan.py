@@ -13,6 +13,7 @@ class Fault(StrEnum):
 
     CONTAINER_KILL = "container_kill"
     CONTAINER_STOP = "container_stop"
+    ZYGOTE_KILL = "zygote_kill"
     WORKER_KILL = "worker_kill"
     WORKER_STOP = "worker_stop"
     WORKER_TERM = "worker_term"
