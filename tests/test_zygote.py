@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -189,8 +190,9 @@ def memory_of(pid: int) -> bytes:
         for line in maps:
             if " rw" in line:
                 start, end = (int(edge, 16) for edge in line.split()[0].split("-"))
-                memory.seek(start)
-                found += memory.read(end - start)
+                with contextlib.suppress(OSError):  # it has given that back meanwhile
+                    memory.seek(start)
+                    found += memory.read(end - start)
     return bytes(found)
 
 
