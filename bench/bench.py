@@ -5,6 +5,7 @@
     python3 dev bench --idle                                   a worker with 500 functions that has nothing to do
     python3 dev bench --deploy                                 deploying 500 functions
     python3 dev bench --containers                             calls a second, with 1, 2 and 4 containers
+    python3 dev bench --scaling                                containers that follow a load, drawn as docs/scaling.svg
 
 Each prints one table under a line about the machine, and writes it to `--json FILE`, too.
 """
@@ -19,6 +20,7 @@ import cold
 import containers
 import deploys
 import idle
+import scaling
 import table
 from table import Row
 
@@ -34,6 +36,8 @@ def measured(options: argparse.Namespace) -> tuple[str, list[Row]]:
         return f"deploying {options.functions} functions", deploys.rows(options.functions)
     if options.containers:
         return "calls a second by containers", containers.rows([1, 2, 4], options.calls)
+    if options.scaling:
+        return "containers that follow a load", scaling.rows(options.picture)
     title = f"calls, sync {options.sync}, {options.rounds} rounds of {options.calls:,}"
     return title, calls.rows(options.sync, options.rounds, options.calls)
 
@@ -41,7 +45,7 @@ def measured(options: argparse.Namespace) -> tuple[str, list[Row]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    for name in ("cold", "idle", "deploy", "containers"):
+    for name in ("cold", "idle", "deploy", "containers", "scaling"):
         which.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--sync", default="2m", help="always, 1s or 2m: when the server writes to disk")
     parser.add_argument("--rounds", type=int, default=3)
@@ -50,6 +54,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of --idle: a minute has one of everything in it")
     parser.add_argument("--starts", type=int, default=100, help="of --cold")
     parser.add_argument("--worker-starts", type=int, default=10, help="of --cold")
+    picture = Path(__file__).parent.parent / "docs" / "scaling.svg"
+    parser.add_argument("--picture", type=Path, metavar="FILE", default=picture, help="of --scaling")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
     options = parser.parse_args()
     title, rows = measured(options)
