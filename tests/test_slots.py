@@ -229,6 +229,22 @@ def test_fifty_containers_over_three_workers(own_mesh: Callable[..., Mesh], cap:
     until(lambda: not slots(mesh), what="what has ended keeps no slot")
 
 
+@pytest.mark.load
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cap", [1, 5])
+def test_fifty_workers_race_while_some_are_killed(own_mesh: Callable[..., Mesh], cap: int) -> None:
+    mesh = own_mesh(slot_ttl=TTL, ack_wait=5)
+    work = deploy(mesh, f"max_containers={cap}, single_use_containers=True")
+    workers = [mesh.start_worker("--containers", "1") for _ in range(50)]
+    calls = [work.spawn(0.1) for _ in range(50 * cap)]
+    for worker in workers[:10]:
+        count = len(begun(mesh))
+        until(lambda count=count: len(begun(mesh)) > count, 60)  # type: ignore[misc]
+        worker.kill()
+    FunctionCall.gather(*calls)
+    assert min(cap, 2) <= most_alive(mesh) <= cap
+
+
 @pytest.mark.parametrize("options", ["max_containers=1", "max_containers=2, single_use_containers=True"])
 def test_no_input_waits_beside_a_free_slot(own_mesh: Callable[..., Mesh], options: str) -> None:
     """Slots live long here: whoever waited for one to expire, or for a slow look, would wait for a minute."""
