@@ -187,6 +187,24 @@ class Intake:
         else:
             self.waiting.appendleft(held)
 
+    def pass_on(self, kept: int, patience: float) -> None:
+        """Hand back what no container here takes soon: all other slots are somewhere else, and perhaps idle there.
+
+        Args:
+            kept: inputs that are taken here. patience: seconds that others wait here; none if there is no container,
+                and then nothing will be delivered here that says how many are left.
+        """
+        latest = time.monotonic() - patience
+        for held in list(self.waiting)[kept:]:
+            if held.since > latest:
+                self._worker.wake_at(held.since + patience, self._pool)
+                break
+            self.waiting.remove(held)
+            returned = "no slot of its function is free for another container here"
+            self._pool.settle(held, Execution(kind=Kind.RETURNED, text=returned))
+        if not patience:
+            self.pending = 0
+
 
 def _function(held: Held) -> str:
     return held.lease.address.function if held.lease.address is not None else ""

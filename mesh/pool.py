@@ -37,6 +37,7 @@ logger = logging.getLogger("mesh.worker")
 
 _READ_AHEAD = 8  # inputs a container holds besides the running one, where runs are short
 _SHORT = 0.05  # seconds; runs are short where their median is below this
+_SOON = 0.2  # seconds an input waits for a container here where others have slots of its function, too
 _HOSTAGE = 1.0  # seconds after which inputs do not wait behind a running one any longer
 _REFUSED_BATCH = 100  # inputs that nobody can run, of a removed function for example, taken at once to be failed
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0  # seconds between tries to start code that does not start
@@ -245,7 +246,7 @@ class Pool:
         self._scale(serving)
         self.share.tidy()
         if self.share.is_shut_out:
-            self._pass_on()
+            self.intake.pass_on(self._takes(self.serving), _SOON if self.containers else 0.0)
         self._ask(serving)
 
     def _assign(self) -> None:
@@ -329,7 +330,7 @@ class Pool:
             container.stop()
         if self._resting() or not self.is_open:
             return
-        missing, capacity = plan.start, self._worker.capacity
+        missing, capacity = max(plan.start, self.share.due), self._worker.capacity
         while missing > 0 and capacity.could_make_room(self) and self.share.reserve() and capacity.make_room(self):
             self._start_container()
             missing -= 1
@@ -339,15 +340,6 @@ class Pool:
         """Containers with nothing to do, the longest idle first: inputs go to the last, so that what is too many is not
         used, and ends."""
         return sorted((c for c in serving if c.ready and not c.load), key=lambda c: c.idle_since)
-
-    def _pass_on(self) -> None:
-        """Hand back what no container here is about to take: all slots are somewhere else, and perhaps idle there."""
-        taken = self._takes(self.serving)
-        while len(self.intake.waiting) > taken:
-            returned = Execution(kind=Kind.RETURNED, text="no slot of its function is free for another container here")
-            self.settle(self.intake.waiting.pop(), returned)
-        if not self.containers:
-            self.intake.pending = 0  # others take them, and nothing will be delivered here that says so
 
     @property
     def backlog(self) -> int:

@@ -59,7 +59,7 @@ class Slot:
     Attributes:
         sequence: of its entry, 0 while that is not known. cap: for which it was claimed.
         renewed: monotonic time from before the last request that succeeded.
-        container: that runs with it; `None` while it is spare. leaving: it is to be released.
+        container: that runs with it; `None` while it is spare. used: one has. leaving: it is to be released.
     """
 
     number: int
@@ -67,6 +67,7 @@ class Slot:
     sequence: int
     renewed: float
     container: Container | None = None
+    used: bool = False
     leaving: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -118,6 +119,13 @@ class Share:
         cap = self._pool.spec.max_containers
         return cap is None or self._spare() is not None or (len(self._held) < cap and not self.is_shut_out)
 
+    @property
+    def due(self) -> int:
+        """Containers that were wanted when a slot was claimed for them, and are started now that it is there: the input
+        that wanted one may have found another place, and so would the next, and no container ever be started."""
+        cap = self._pool.spec.max_containers
+        return sum(slot.serves(cap) and not slot.used for slot in self._held)
+
     def reserve(self) -> bool:
         """Whether a container may be started now. If not, but perhaps soon, a slot is claimed; `feed` follows."""
         if self._pool.spec.max_containers is None or self._spare() is not None:
@@ -131,7 +139,7 @@ class Share:
         """A container is started, with the slot that was reserved."""
         slot = self._spare()
         if slot is not None:
-            slot.container = container
+            slot.container, slot.used = container, True
             container.live_until(slot.sure_until(self._slots.ttl))
 
     def ended(self, container: Container) -> None:
