@@ -1,7 +1,7 @@
 """The worker's side of its zygotes: started at first need, asked for processes, and mourned if somebody kills them.
 
-There is one for each set of the variables that Python and the C library read as they start. Nothing is waited for
-where one starts: what is asked of it meanwhile waits in its socket.
+There is one for each interpreter, and set of the variables that it and the C library read as they start. Nothing is
+waited for where one starts: what is asked of it meanwhile waits in its socket.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from mesh import frames, processes
 from mesh.background import Background
@@ -36,7 +37,18 @@ _SWEEP_PAUSE = 0.05
 _DATAGRAM = 1 << 16  # bytes, more than any has
 _TITLE_ROOM = " " * 160  # an argument that makes room for the longer command lines of containers
 
-_Key = tuple[tuple[str, str], ...]
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What a zygote is started with: containers that agree in this have the same one."""
+
+    interpreter: str
+    variables: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, variables: Mapping[str, str], interpreter: str = sys.executable) -> _Key:
+        """For containers with these variables."""
+        return cls(interpreter, tuple(sorted(pair for pair in variables.items() if pair[0].startswith(_AT_START))))
 
 
 class ZygoteEndedError(OSError):
@@ -105,12 +117,12 @@ class _Zygote:
         self._control.setblocking(False)
         with theirs:
             self._program = subprocess.Popen(
-                [sys.executable, "-P", "-m", "mesh.zygote", str(theirs.fileno()), _TITLE_ROOM],
+                [key.interpreter, "-P", "-m", "mesh.zygote", str(theirs.fileno()), _TITLE_ROOM],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 cwd="/",
-                env={**dict(key), **mark},
+                env={**dict(key.variables), **mark},
                 start_new_session=True,
             )
         self._pidfd = os.pidfd_open(self._program.pid)
@@ -250,7 +262,7 @@ class Nursery:
 
     def warm(self, variables: Mapping[str, str]) -> None:
         """Start the zygote for containers with these variables before the first of them is wanted, and keep it."""
-        self._warm = _key(variables)
+        self._warm = _Key.of(variables)
         self._zygote(self._warm)
 
     async def fork(self, variables: Mapping[str, str], descriptors: Sequence[int], until: float = math.inf) -> Process:
@@ -264,7 +276,7 @@ class Nursery:
         """
         for tries_left in reversed(range(_TRIES)):
             try:
-                return await self._zygote(_key(variables)).fork(descriptors, until)
+                return await self._zygote(_Key.of(variables)).fork(descriptors, until)
             except ZygoteEndedError as error:
                 if not tries_left:
                     raise OSError(f"no process for a container: {_TRIES} zygotes ended instead; {error}") from None
@@ -342,8 +354,3 @@ def _waited(pid: int) -> bool:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:
         return True
-
-
-def _key(variables: Mapping[str, str]) -> _Key:
-    """The variables that are read as a program starts."""
-    return tuple(sorted((name, value) for name, value in variables.items() if name.startswith(_AT_START)))
