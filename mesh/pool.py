@@ -133,13 +133,14 @@ class Pool:
         """Whether no input can be run until then."""
         return self._resting() and not any(c.ready for c in self.serving)
 
-    def _about(self) -> About:
+    def _about(self, held: Held) -> About:
+        """By which version an input is run, and with which options; generators of a class share none of its retries."""
         return About(
             app=self.key.app,
             function=self.key.function,
             code=self.record.version[:12],
             worker=self._worker.name,
-            spec=self.spec,
+            spec=dataclasses.replace(self.spec, retries=None) if held.generates else self.spec,
             crash_budget=self._worker.settings.crash_budget,
         )
 
@@ -276,7 +277,7 @@ class Pool:
 
     def _read_ahead(self, container: Container) -> int:
         """Inputs a container may hold besides what it runs: where that is one, and short."""
-        alone = container.max_inputs == 1 and self.spec.max_batch_size is None and not self.spec.is_generator
+        alone = container.max_inputs == 1 and self.spec.max_batch_size is None and not self.spec.may_yield
         return _READ_AHEAD if alone and self._short and container.running_for < _HOSTAGE else 0
 
     @property
@@ -287,7 +288,7 @@ class Pool:
     def _give(self, container: Container, inputs: Sequence[Held]) -> None:
         """Have a container run an input, or a batch."""
         batched = self.spec.max_batch_size is not None
-        about = self._about()
+        about = self._about(inputs[0])
         assignments: list[Assignment] = []
         for left, held in zip(range(len(inputs), 0, -1), inputs, strict=True):
             work = self._work(held, left if batched else 0)
@@ -512,7 +513,7 @@ class Pool:
 
     async def _settled(self, held: Held, execution: Execution) -> None:
         try:
-            verdict = await self._worker.settler.settle(held, execution, held.about or self._about())
+            verdict = await self._worker.settler.settle(held, execution, held.about or self._about(held))
         finally:
             self._worker.release(held)
         report.ended(held, verdict)

@@ -422,6 +422,11 @@ class FunctionSpec:
         """Seconds a container may take to start."""
         return self.timeout if self.startup_timeout is None else self.startup_timeout
 
+    @property
+    def may_yield(self) -> bool:
+        """Whether it is a generator, or a class that has one among its methods."""
+        return self.is_generator or any(method.is_generator for method in (self.methods or {}).values())
+
     def yields(self, method: str = "") -> bool:
         """Whether the function, or a method of the class, is a generator."""
         return self.methods[method].is_generator if self.methods is not None else self.is_generator

@@ -38,7 +38,7 @@ class Base:
     def overridden(self):
         return "base"
 
-@app.cls(scaledown_window=60)
+@app.cls(scaledown_window=60, retries=mesh.Retries(max_retries=1, initial_delay=60))
 class Shop(Base):
     size: int = mesh.parameter(default=1)
 
@@ -66,6 +66,11 @@ class Shop(Base):
     @mesh.method()
     def count(self, to):
         yield from range(to * self.size)
+
+    @mesh.method()
+    async def fails(self):
+        yield 1
+        raise ValueError("half-way")
 
     @mesh.method()
     def overridden(self):
@@ -137,6 +142,10 @@ def test_methods_are_called_in_every_way_a_function_is(shop: object) -> None:
     assert model.later.remote(4) == "4 EUR"
     assert model.here.remote(5) == "5 EUR"
     assert list(shop.Shop(size=2).count.remote_gen(2)) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="half-way"):  # at once: the class's retries are not for generators
+        list(model.fails.remote_gen())
+    with pytest.raises(InvalidError, match=r"'Shop.count' is a generator function: use .remote_gen\(\)"):
+        model.count.remote(1)
     assert asyncio.run(model.price.remote.aio(6)) == "6 EUR"
     assert model.overridden.remote() == "derived"
 
@@ -207,6 +216,16 @@ def test_a_local_call_enters_once_and_an_attribute_does_not() -> None:
         model.nothing  # noqa: B018
 
 
+def test_an_instance_says_how_many_containers_it_has(shop: object) -> None:
+    model = shop.Shop(size=6)
+    settings = model.update_autoscaler(min_containers=1, scaledown_window=5)
+    assert (settings.min_containers, settings.scaledown_window) == (1, 5)
+    until(lambda: model.get_current_stats().num_total_runners == 1, what="its one container is there")
+    assert model.update_autoscaler(min_containers=0).scaledown_window == 5
+    with pytest.raises(InvalidError, match=r"its containers are those of the instance, Shop\(…\).update_autoscaler"):
+        model.price.update_autoscaler(min_containers=1)
+
+
 # --- start and end ---------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +266,7 @@ def test_what_is_not_deployed_shows_at_its_first_use(shop: object) -> None:
     name = shop.app.name
     with pytest.raises(NotFoundError, match=f"Lookup failed for Function 'Nothing.ask' from the '{name}' app"):
         mesh.Cls.from_name(name, "Nothing")().ask.remote()
-    with pytest.raises(NotFoundError, match="has no method 'ask'; it has count, here, later"):
+    with pytest.raises(NotFoundError, match="has no method 'ask'; it has count, fails, here, later"):
         mesh.Cls.from_name(name, "Shop")().ask.remote()
     with pytest.raises(NotFoundError, match=r"'who' of app .* is a function, which has no method 'ask'"):
         mesh.Cls.from_name(name, "who")().ask.remote()
