@@ -12,7 +12,7 @@ from mesh.protocol import Failure, Format, State, failure
 from mesh.runs import Assignment
 
 TIMEOUT = "its timeout"
-ABANDONED = "abandoned"  # the worker stops: the input goes back
+ABANDONED = "abandoned"  # its container is killed for another reason than this input, which goes back
 HALF_WAY = "the generator ended half-way, and is not begun again, since some of its items may have been taken: {}"
 
 
@@ -41,6 +41,8 @@ def of_stop(assignment: Assignment) -> Execution:
 
 def of_loss(assignment: Assignment, exit: Exit) -> Execution:
     """The container ended while the input ran."""
+    if assignment.stopped == ABANDONED and not assignment.work.generator:
+        return Execution(kind=Kind.RETURNED, text=f"container {exit.text}", started=_started(assignment))
     if assignment.stopped:
         return of_stop(assignment)
     if assignment.work.generator:

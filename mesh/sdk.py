@@ -897,6 +897,11 @@ class FunctionCall(Generic[R]):
         Returns once nothing of it runs. A call that has ended already stays as it is. `get` raises `RemoteError`
         afterwards. Code that runs gets an `InputCancellation` (async: `CancelledError`) and has time for its `finally`.
 
+        Other inputs in its container go on. Where it cannot be interrupted (a thread in C code, a task that swallows
+        its cancel), it is given up after the grace (30 s): it ends as cancelled, the container takes no more inputs,
+        and is killed when the others have ended. Of a batch one input is cancelled alone; the run is interrupted with
+        the last. In Modal, cancelling one of several sync inputs ends its container.
+
         Args:
             terminate_containers: kill its container at once instead; other inputs in it go back to the queue.
 
