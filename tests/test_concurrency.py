@@ -209,19 +209,19 @@ def test_some_are_cancelled_and_the_others_go_on(mesh: Mesh, function: str, erro
     module = mesh.deploy(jobs(f"some-{function}"))
     path = str(mesh.ledger().path)
     f = getattr(module, function)
-    calls = {name: f.spawn(path, f"{function}-{name}", 60 if name in "ab" else 3) for name in "abcd"}
-    processes = {began(mesh, f"{function}-{name}") for name in "abcd"}
+    calls = {name: f.spawn(path, f"some-{function}-{name}", 60 if name in "ab" else 3) for name in "abcd"}
+    processes = {began(mesh, f"some-{function}-{name}") for name in "abcd"}
     assert len(processes) == 1
     for name in "ab":
         calls[name].cancel()
         with pytest.raises(RemoteError, match="cancelled: by "):
             calls[name].get(timeout=10)
-        assert mesh.ledger().count(f"caught {function}-{name} {error}") == 1
+        assert mesh.ledger().count(f"caught some-{function}-{name} {error}") == 1
     for name in "cd":
-        assert calls[name].get(timeout=30) == f"{function}-{name}"
-        assert mesh.ledger().count(f"caught {function}-{name}") == 0
-    assert f.remote(path, f"{function}-e", 0) == f"{function}-e"
-    assert began(mesh, f"{function}-e") in processes, "the container goes on"
+        assert calls[name].get(timeout=30) == f"some-{function}-{name}"
+        assert mesh.ledger().count(f"caught some-{function}-{name}") == 0
+    assert f.remote(path, f"some-{function}-e", 0) == f"some-{function}-e"
+    assert began(mesh, f"some-{function}-e") in processes, "the container goes on"
 
 
 def test_each_input_has_a_timeout_of_its_own(mesh: Mesh) -> None:
