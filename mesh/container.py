@@ -7,7 +7,6 @@ socket proves nothing, since what user code forked may hold it. Whatever the con
 from __future__ import annotations
 
 import asyncio
-import codecs
 import contextlib
 import logging
 import math
@@ -20,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from mesh import frames
 from mesh.exception import FunctionTimeoutError, InternalFailure, OutOfMemoryError
@@ -43,6 +42,7 @@ from mesh.frames import (
 )
 from mesh.memory import MIB, MemoryWatch
 from mesh.nursery import Nursery, Process
+from mesh.pipes import Pipes
 from mesh.protocol import Failure, failure
 from mesh.runs import Assignment, Run, Runs
 
@@ -50,10 +50,6 @@ logger = logging.getLogger("mesh.worker")
 
 FORCE_AFTER = 5.0  # seconds after which a cancelled task that blocks its loop is interrupted; half the grace at most
 _LOOK_AGAIN = 1.0  # seconds between looks whether an input that is due has begun at all
-_PIPE_SIZE = 1 << 16  # bytes of a pipe, and of one read
-_READS = 4  # reads of a pipe at once: as much as it holds, and a little; the loop has other things to do
-_MAX_PRINTED = 1 << 20  # bytes that an input prints past Python, and are passed on
-_PRINTED_WINDOW = 60.0  # seconds after which a container that runs long may print as much again
 _LAST_WORDS = 1.0  # seconds to read what a container wrote before it ended
 _LAPSED = "its slot could not be kept"
 _KEPT_VARIABLES = (
@@ -161,8 +157,7 @@ class Container:
         self._exceeded = False
         self._start_failed = False
         self._timers: list[asyncio.TimerHandle] = []
-        self._pipes: dict[int, tuple[int, Any]] = {}
-        self._printed, self._printed_since = 0, 0.0
+        self._pipes = Pipes(self._on_printed)
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
@@ -211,14 +206,7 @@ class Container:
         self._control.setblocking(False)
         self._control_buffer = frames.Buffer()
         self._loop.add_reader(self._control, self._on_control)
-        passed = [theirs.detach(), their_control.detach(), page]
-        for stream in (1, 2):
-            read, write = os.pipe()
-            os.set_blocking(read, False)
-            self._pipes[read] = stream, codecs.getincrementaldecoder("utf-8")("replace")
-            self._loop.add_reader(read, self._drain_pipe, read)
-            passed.append(write)
-        return conversation, passed
+        return conversation, [theirs.detach(), their_control.detach(), page, *self._pipes.open(self._loop)]
 
     def live_until(self, moment: float) -> None:
         """Have it killed at this moment of the monotonic clock, unless told of a later one before.
@@ -457,11 +445,10 @@ class Container:
         assignment = self._runs.get(outcome.seq)
         if assignment is None:
             return
-        for pipe in self._pipes:
-            self._drain_pipe(pipe)
+        self._pipes.drain()
         before = self.waiting
         self._runs.remove(assignment)
-        self._forget_printed()
+        self._pipes.forget()
         self.served += 1
         self.idle_since = time.monotonic()
         self._begin_next()
@@ -492,38 +479,10 @@ class Container:
                 self._runs.remove(assignment)
                 self._listener.on_dropped(self, assignment)
 
-    def _drain_pipe(self, pipe: int) -> None:
-        """Read what C code and subprocesses printed; it belongs to the running input if there is no doubt which."""
-        stream, decoder = self._pipes[pipe]
-        for _ in range(_READS):
-            try:
-                data = os.read(pipe, _PIPE_SIZE)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._loop.remove_reader(pipe)
-                return
-            text = decoder.decode(self._allowed(data))
-            if text:
-                only = self.assignments[0] if self.load == 1 and not self._retired else None
-                self._listener.on_output(self, only, stream, text)
-
-    def _allowed(self, data: bytes) -> bytes:
-        """What of this output is passed on: 1 MiB an input, or a minute. The rest is read all the same, and dropped:
-        a program that cannot write would stop, and one that writes without pause must not fill everything."""
-        if time.monotonic() - self._printed_since > _PRINTED_WINDOW:
-            self._forget_printed()
-        before, self._printed = self._printed, self._printed + len(data)
-        if before >= _MAX_PRINTED:
-            return b""
-        if self._printed < _MAX_PRINTED:
-            return data
-        return data[: _MAX_PRINTED - before] + "\n… output cut: the limit is 1 MiB an input\n".encode()
-
-    def _forget_printed(self) -> None:
-        self._printed, self._printed_since = 0, time.monotonic()
+    def _on_printed(self, stream: int, text: str) -> None:
+        """It belongs to the running input if there is no doubt which."""
+        only = self.assignments[0] if self.load == 1 and not self._retired else None
+        self._listener.on_output(self, only, stream, text)
 
     def on_conversation_end(self) -> None:
         """Nothing more will come over the socket. That does not mean that the process has ended."""
@@ -558,8 +517,7 @@ class Container:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS):
                 await self._said_all.wait()
-        for pipe in self._pipes:
-            self._drain_pipe(pipe)
+        self._pipes.drain()
         self.exited = self.stopping = True
         if not (self.ready or self._start_failed) and (exit.out_of_memory or not (exit.killed or exit.lapsed)):
             kind = OutOfMemoryError if exit.out_of_memory else InternalFailure
@@ -572,10 +530,7 @@ class Container:
     def _release(self) -> None:
         for timer in self._timers:
             timer.cancel()
-        for pipe in self._pipes:
-            self._loop.remove_reader(pipe)
-            os.close(pipe)
-        self._pipes.clear()
+        self._pipes.close()
         self._loop.remove_reader(self._control)
         self._control.close()
         self._marks.close()

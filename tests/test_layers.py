@@ -22,7 +22,7 @@ LEVELS = [
     "settle cancel dead",  # how calls end, and are sent again
     "options map reading sdk functions queue cls report deploy app",  # what users hold
     "wire generating output usercode interrupts answers serving executor zygote",  # containers, from inside
-    "memory machine placement runs nursery container execution",  # and from outside
+    "memory machine placement runs pipes nursery container execution",  # and from outside
     "capacity autoscaler scaling codecache",  # how many, and what they run
     "examine sweep upkeep watch check fleet slots intake pool deployed",  # what a worker does, and `mesh check`
     "server worker up",  # daemons
