@@ -241,8 +241,8 @@ class App:
                 that. Of a pair as in Modal, request and limit, the limit counts; unlike there, a single number is a
                 limit too.
             min_containers: containers of its pool that are always there, over all workers together; 0 by default.
-            max_containers: the most its pool may have, over all workers together; no bound by default. Where a worker cannot
-                reach the server for 20 s, it ends these containers, and their inputs run elsewhere.
+            max_containers: the most its pool may have, over all workers together; no bound by default. Where a worker
+                cannot reach the server for 20 s, it ends these containers, and their inputs run elsewhere.
             buffer_containers: idle ones kept beside those that run while the pool is in use; 0 by default.
             scaledown_window: seconds an idle container is kept; 60 by default.
             retries: tries after the first; a number means one second apart, `mesh.Retries` says more.
