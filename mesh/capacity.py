@@ -79,7 +79,7 @@ class Capacity:
 
     def _spare(self, pool: Pool) -> list[tuple[Container, Size]]:
         """Containers that pools other than this one can do without, the longest idle first."""
-        spare = [(c, other.size) for other in self._pools if other is not pool for c in other.spare()]
+        spare = [(c, other.size) for other in self._pools if other is not pool for c in other.scaling.spare()]
         return sorted(spare, key=lambda pair: pair[0].idle_since)
 
     def _is_owed(self, pool: Pool, free: Size) -> bool:

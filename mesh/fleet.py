@@ -129,7 +129,7 @@ class Fleet:
             running=self._running(),
             functions={key: len(pool.serving) for key, pool in pools.items()},
             inputs={key: pool.running for key, pool in pools.items() if pool.running},
-            headroom={key: pool.headroom for key, pool in pools.items() if pool.headroom},
+            headroom={key: room for key, pool in pools.items() if (room := pool.scaling.headroom)},
             in_use=tuple(str(pool.key) for pool in self._awake if pool.scaling.is_bounded and pool.scaling.in_use),
             unfit=self._troubles(),
             trouble=trouble and f"worker {name} begins nothing until the store takes results: {trouble}",

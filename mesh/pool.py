@@ -107,11 +107,6 @@ class Pool:
         return sum(c.load for c in self.containers)
 
     @property
-    def headroom(self) -> int:
-        """Inputs that its containers could take at once beside those they have."""
-        return sum(max(0, self.spec.inputs_wanted - c.load) for c in self.serving)
-
-    @property
     def starving_since(self) -> float | None:
         """Since when inputs wait here while no container takes any; `None` if that is not so."""
         if not self.intake.waiting or self._taking or self.trouble or self.record.removed or not self.share.open:
@@ -244,7 +239,7 @@ class Pool:
             return  # where the store takes nothing, what is held stays held, and nothing begins
         self._assign()
         serving = self.serving
-        self._scale(serving)
+        self._scale()
         self.share.tidy()
         if self.share.is_shut_out:
             self.intake.pass_on(self._takes(self.serving), _SOON if self.containers else 0.0)
@@ -323,24 +318,15 @@ class Pool:
         grant = functools.partial(container.grant, work.seq)
         return self._worker.broker.flows.write(work.call, work.index, grant)
 
-    def _scale(self, serving: Sequence[Container]) -> None:
+    def _scale(self) -> None:
         """End containers that are not needed; start others while the load wants more and there is room for them."""
-        idle = self._idle(serving)
-        plan = self.scaling.plan(idle, self._queued)
-        for container in idle[: plan.end]:
-            container.stop()
+        wanted = self.scaling.scale(self._queued)
         if self._resting() or not self.is_open:
             return
-        missing, capacity = max(plan.start, self.share.due), self._worker.capacity
+        missing, capacity = max(wanted, self.share.due), self._worker.capacity
         while missing > 0 and capacity.could_make_room(self) and self.share.reserve() and capacity.make_room(self):
             self._start_container()
             missing -= 1
-
-    @staticmethod
-    def _idle(serving: Sequence[Container]) -> list[Container]:
-        """Containers with nothing to do, the longest idle first: inputs go to the last, so that what is too many is not
-        used, and ends."""
-        return sorted((c for c in serving if c.ready and not c.load), key=lambda c: c.idle_since)
 
     @property
     def backlog(self) -> int:
@@ -438,11 +424,6 @@ class Pool:
             self._worker.wake_at(self._retry_at, self)
         while self.intake.waiting and self.is_stuck():
             self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.NOT_STARTED, text=failed.summary))
-
-    def spare(self) -> list[Container]:
-        """Idle containers that it can do without, the longest idle first."""
-        serving, bounds = self.serving, self.scaling.bounds()
-        return self._idle(serving)[: max(0, len(serving) - max(bounds.minimum, bounds.kept))]
 
     def tick(self) -> None:
         """Look at what has no event of its own: time that passes."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mesh.autoscaler import Autoscaler, Bounds, Load, Plan
+from mesh.autoscaler import Autoscaler, Bounds, Load
 from mesh.container import Container
 from mesh.memory import MIB
 
@@ -58,15 +58,33 @@ class Scaling:
             target=target,
         )
 
-    def plan(self, idle: Sequence[Container], queued: int) -> Plan:
-        """How many containers to start, and how many of the idle ones to end.
+    def scale(self, queued: int) -> int:
+        """End containers that are not needed. Returns how many others the load wants to be started.
 
         Args:
-            idle: the longest idle first. queued: inputs in the queue, which all workers look at.
+            queued: inputs in the queue, which all workers look at.
         """
-        now, spec = time.monotonic(), self._pool.spec
-        load = self._load(now, idle, queued)
-        return self.autoscaler.plan(now, load, self.bounds(), once=spec.single_use_containers)
+        now, idle = time.monotonic(), self._idle()
+        once = self._pool.spec.single_use_containers
+        plan = self.autoscaler.plan(now, self._load(now, idle, queued), self.bounds(), once=once)
+        for container in idle[: plan.end]:
+            container.stop()
+        return plan.start
+
+    def spare(self) -> list[Container]:
+        """Idle containers that the pool can do without, the longest idle first."""
+        bounds = self.bounds()
+        return self._idle()[: max(0, len(self._pool.serving) - max(bounds.minimum, bounds.kept))]
+
+    @property
+    def headroom(self) -> int:
+        """Inputs that its containers could take at once beside those they have."""
+        return sum(max(0, self._pool.spec.inputs_wanted - c.load) for c in self._pool.serving)
+
+    def _idle(self) -> list[Container]:
+        """Containers with nothing to do, the longest idle first: inputs go to the last, so that what is too many is not
+        used, and ends."""
+        return sorted((c for c in self._pool.serving if c.ready and not c.load), key=lambda c: c.idle_since)
 
     def _load(self, now: float, idle: Sequence[Container], queued: int) -> Load:
         pool, serving = self._pool, self._pool.serving
