@@ -48,10 +48,6 @@ class Capacity:
     def free(self) -> Size:
         return self.total - self.used
 
-    def has_room(self, pool: Pool) -> bool:
-        """Whether another container of a pool fits."""
-        return pool.size.fits(self.free)
-
     def make_room(self, pool: Pool) -> bool:
         """Whether `pool` may start a container now; idle ones of other pools end for it."""
         ending = self._ending_for(pool)

@@ -355,7 +355,7 @@ class Pool:
         else:
             wanted = self._takes(serving)
             may_grow = self.share.open and not self.share.is_claiming and not self._resting()
-            if may_grow and (not self._taking or self._worker.capacity.has_room(self)):
+            if may_grow and (not self._taking or self._worker.capacity.could_make_room(self)):
                 wanted += 1
         missing = wanted - self._asked() - len(self.intake.waiting)
         if missing > 0 and (missing * 2 >= wanted or not self._asked()):
