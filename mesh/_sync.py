@@ -25,7 +25,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
 
-_CLOSING_LIMIT = 2.0  # seconds that the end of the process waits for what is still being sent
+_CLEANING_LIMIT = 2.0  # seconds that whoever goes early waits for what cleans up behind him
+_CLOSING_LIMIT = 8.0  # seconds that the end of the process waits for what is still being sent; most of it has its own
 
 
 class Bridge:
@@ -66,7 +67,7 @@ class Bridge:
             return future.result()
         except KeyboardInterrupt:
             ending = asyncio.run_coroutine_threadsafe(_end(work), self.loop())
-            concurrent.futures.wait([ending], _CLOSING_LIMIT)
+            concurrent.futures.wait([ending], _CLEANING_LIMIT)
             raise
 
     def iterate(self, batches: AsyncGenerator[list[R], None]) -> Generator[R]:
@@ -85,7 +86,7 @@ class Bridge:
             return
         ending = asyncio.run_coroutine_threadsafe(_aclose(batches), self.loop())
         if threading.current_thread() is not self._thread:
-            concurrent.futures.wait([ending], _CLOSING_LIMIT)
+            concurrent.futures.wait([ending], _CLEANING_LIMIT)
 
     def close(self, work: Coroutine[Any, Any, None]) -> None:
         """At the end of the process: wait a moment for `work`, then let everything go."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -30,10 +32,11 @@ class Background:
         if not task.cancelled() and task.exception() is not None:
             logger.error("a background task failed", exc_info=task.exception())
 
-    async def drain(self) -> None:
-        """Wait until none is left, also of those that are started meanwhile."""
-        while self._tasks:
-            await asyncio.wait(list(self._tasks))
+    async def drain(self, limit: float = math.inf) -> None:
+        """Wait until none is left, also of those that are started meanwhile; `limit` seconds at most."""
+        deadline = time.monotonic() + limit
+        while self._tasks and (left := deadline - time.monotonic()) > 0:
+            await asyncio.wait(list(self._tasks), timeout=None if left == math.inf else left)
 
     async def cancel(self) -> None:
         """End them all; returns when they have ended."""

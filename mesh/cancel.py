@@ -25,21 +25,48 @@ async def cancel_call(broker: Broker, call: str, *, request: CancelRequest) -> S
     """End all inputs of a call, those included that its caller submits meanwhile: he stops at the first that is
     cancelled. Returns `CANCELLED` if any was; else the state of its first one, `None` if the mesh does not know it.
 
+    The workers are asked for all of it at once, so what many inputs take is to end those that nobody holds.
+
     Raises:
         ServiceError: as `cancel_input`.
     """
+    began, ended = time.monotonic(), set[str]()
+    looks = 0
+    while time.monotonic() - began < _GIVE_UP:
+        workers = await broker.workers.all()
+        held = await broker.cancels.ask_all(call, request, len(workers))
+        left = await broker.calls.of_call(call)
+        ended |= {address.key for address in left}
+        if not left and not held:
+            looks += 1
+            if looks > 1 or not ended:
+                return await _came_to(broker, call, ended)
+        if time.monotonic() - began < _ASK_LISTED:  # a worker that lists an input, but does not answer, may be paused
+            running = {key for worker in workers for key in worker.running}
+            held |= {address.index for address in left if address.key in running}
+        await _end_all(broker, [address for address in left if address.index not in held], request.reason)
+        await asyncio.sleep(_PAUSE)  # for what ends in workers, or is just being submitted
+    raise ServiceError(f"call {call}: a worker said that it would end its inputs, and has not after {_GIVE_UP:g} s")
+
+
+async def _end_all(broker: Broker, free: list[Address], reason: str) -> None:
+    """End inputs that no worker holds, each in its place."""
     together = asyncio.Semaphore(_TOGETHER)
 
-    async def one(address: Address) -> State | None:
+    async def end(address: Address) -> None:
         async with together:
-            return await cancel_input(broker, call, address.index, request=request, at=address)
+            queued = await broker.calls.find(address.call, address.index, at=address)
+            if queued is not None:
+                await _end(broker, queued, reason)
 
-    states: dict[Address, State | None] = {}
-    while left := [address for address in await broker.calls.of_call(call) if address not in states]:
-        states |= zip(left, await asyncio.gather(*map(one, left)), strict=True)
-    if State.CANCELLED in states.values():
+    await asyncio.gather(*map(end, free))
+
+
+async def _came_to(broker: Broker, call: str, ended: set[str]) -> State | None:
+    results = await broker.results.get_many({f"{call}.0"} | ended)
+    if any(result.state is State.CANCELLED for key, result in results.items() if key in ended):
         return State.CANCELLED
-    first = await broker.results.get(f"{call}.0")
+    first = results.get(f"{call}.0")
     return first.state if first else None
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from mesh import context
+from mesh.behind import behind
 from mesh.cancel import cancel_call
 from mesh.exception import ClientClosed, ExecutionError, InvalidError, ResourceExhaustedError, ServerWarning
 from mesh.protocol import CancelRequest, Input, Result, State, new_call_id
@@ -35,7 +36,6 @@ _TAKEN = 100  # outputs taken at once; few beside LIMIT, so that work goes on wh
 _SILENCE = 3.0  # seconds without any output after which a caller is told that no worker is there
 _LOOK_AGAIN = 30.0  # seconds between looks whether an output can still come
 _FULL_PAUSE = 1.0  # seconds until a full queue is tried again
-_CANCEL_LIMIT = 1.5  # seconds a caller who goes waits until what is left is cancelled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +104,7 @@ class _Running(Generic[R]):
         self._id = new_call_id(broker.token)
         self._source = self._open()
         self._submitting = asyncio.Semaphore(_SUBMITTING)
+        self._begun = asyncio.Event()  # the first is submitted
         self._unsettled = 0  # inputs that were, or may have been, submitted, and have no result
         self._accepted = 0  # those of them that certainly were
         self._outputs: dict[int, R] = {}
@@ -169,6 +170,7 @@ class _Running(Generic[R]):
             async with asyncio.TaskGroup() as inputs:
                 async for input in self._source:
                     inputs.create_task(self._run(input))
+                    await self._begun.wait()  # what the first one looks up first, the others have: none overtakes one
             self._error = None
         except BaseExceptionGroup as failed:
             self._error = failed.exceptions[0]  # the others only followed
@@ -186,6 +188,7 @@ class _Running(Generic[R]):
             await self._submit(input)
             del input  # its arguments may be large, and the wait long
             self._accepted += 1
+            self._begun.set()
             result = await self._wait(waiter, index)
         finally:
             waiter.close()
@@ -231,18 +234,8 @@ class _Running(Generic[R]):
             raise
 
     async def _cancel_behind(self) -> None:
-        """Cancel what is left, because its caller goes: wait a moment for that, no longer; workers see to the rest."""
-        cancelling = self._broker.background.spawn(self._cancel())
-        await asyncio.wait([cancelling], timeout=_CANCEL_LIMIT)
-
-    async def _cancel(self) -> None:
         request = CancelRequest(reason=f"by {self._broker.client}")
-        try:
-            await cancel_call(self._broker, self._id, request=request)
-        except BaseException as error:  # the process ends, or the server is away
-            self._broker.clients.leave()
-            if not isinstance(error, Exception):
-                raise
+        await behind(self._broker, lambda broker: cancel_call(broker, self._id, request=request))
 
     def _call(self, index: int) -> FunctionCall[R]:
         return self._function._call_of(self._broker, self._target, self._id, index)

@@ -62,7 +62,6 @@ _SILENCE = 3.0  # seconds of waiting after which a caller is told that no worker
 _FIRST_LOOK = 1.0  # seconds the first look may take, so that what is there is found however short the timeout
 _LOOK_AGAIN = 30.0  # seconds between looks whether what is waited for can still come
 _REMOTE_RESULT_TTL = 3600.0  # the caller of `remote` has its value at once; the copy is for lost connections
-_CANCEL_LIMIT = 1.5  # seconds a caller who goes waits until its call is cancelled
 _CLOCK_TOLERANCE = 60.0  # seconds by which a caller's clock may be off
 
 
@@ -926,12 +925,10 @@ class FunctionCall(Generic[R]):
         return await cancel_input(broker, self._id, request=request, at=self._address)
 
     async def _cancel_behind(self, broker: Broker) -> None:
-        """Cancel because the caller goes: wait a moment for that, no longer; it is seen to that it ends."""
-        import asyncio
+        """Cancel because the caller goes."""
+        from mesh.behind import behind
 
-        cancelling = broker.background.spawn(self._cancel(broker))
-        with contextlib.suppress(Exception):  # the caller ends for a reason of its own, which must be what is raised
-            await asyncio.wait([cancelling], timeout=_CANCEL_LIMIT)
+        await behind(broker, self._cancel)
 
     # --- what later issues build -------------------------------------------------------------------------------------
 

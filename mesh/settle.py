@@ -58,6 +58,11 @@ class Held:
         assert self.lease.address is not None
         return self.lease.address.key
 
+    @property
+    def call(self) -> str:
+        assert self.lease.address is not None
+        return self.lease.address.call
+
 
 async def end_without_lease(broker: Broker, stored: Stored, address: Address, result: Result) -> None:
     """End an input that no worker holds: its result first, then out of the queue, by its own sequence."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from mesh.broker import Broker
-from mesh.cancel import cancel_input
+from mesh.cancel import cancel_call
 from mesh.protocol import CancelRequest, token_of
 from mesh.settle import Held
 
@@ -53,7 +53,7 @@ class Watch:
 
     async def start(self) -> None:
         """Take requests from now on."""
-        await self._broker.cancels.listen(self._on_request)
+        await self._broker.cancels.listen(self._on_request, self._on_request_of_all)
 
     def _on_request(self, key: str, request: CancelRequest) -> bool:
         for held in self._held.values():
@@ -62,6 +62,13 @@ class Watch:
                 return True
         self._remember(key, request)
         return False
+
+    def _on_request_of_all(self, call: str, request: CancelRequest) -> list[int]:
+        self._remember(call, request)  # more of it may be on its way
+        ours = [held for held in self._held.values() if held.lease.address is not None and held.call == call]
+        for held in ours:
+            self._stop(held, request)
+        return [held.lease.address.index for held in ours if held.lease.address is not None]
 
     def _remember(self, key: str, request: CancelRequest) -> None:
         """Keep a request for a while: the delivery it is about may be under way, and come after it."""
@@ -72,9 +79,13 @@ class Watch:
             del self._early[next(iter(self._early))]
 
     def asked_before(self, key: str) -> str:
-        """Why an input that was just delivered is to be cancelled, if somebody asked for that before it came."""
-        when, request = self._early.get(key, (-_EARLY, None))
-        return request.reason if request is not None and time.monotonic() - when < _EARLY else ""
+        """Why an input that was just delivered is to be cancelled, if somebody asked for that before it came: for it,
+        or for all of its call."""
+        for asked in (key, key.partition(".")[0]):
+            when, request = self._early.get(asked, (-_EARLY, None))
+            if request is not None and time.monotonic() - when < _EARLY:
+                return request.reason
+        return ""
 
     async def look(self, renewed: Sequence[Held]) -> None:
         """Stop those of these inputs that have a result, or nobody who waits for it; one look at a time."""
@@ -123,6 +134,5 @@ class Watch:
         if not gone:
             return
         logger.info("%d callers have gone; what they wait for is cancelled", len(gone))
-        for address in awaited:
-            if token_of(address.call) in gone:
-                await cancel_input(self._broker, address.call, address.index, request=_GONE, at=address)
+        for call in {address.call: None for address in awaited if token_of(address.call) in gone}:
+            await cancel_call(self._broker, call, request=_GONE)

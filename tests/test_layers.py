@@ -19,7 +19,7 @@ LEVELS = [
     "protocol variant flow frames records serialization bundle judge",  # bytes, on the wire and stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status stats",  # what callers and containers share
-    "settle cancel dead",  # how calls end, and are sent again
+    "settle cancel behind dead",  # how calls end, and are sent again
     "options map reading sdk functions queue cls report deploy app",  # what users hold
     "wire generating output usercode interrupts answers serving executor zygote",  # containers, from inside
     "memory machine placement runs pipes nursery container execution",  # and from outside

@@ -16,7 +16,7 @@ import pytest
 import mesh as modal
 from mesh import Function, FunctionCall, client
 from mesh.broker import Broker
-from mesh.exception import DeprecationError, ExecutionError, InvalidError, RemoteError
+from mesh.exception import DeprecationError, ExecutionError, InvalidError, RemoteError, SerializationError
 from mesh.map import LIMIT
 from tests.support import Mesh, until
 
@@ -82,6 +82,12 @@ JOBS = """
             time.sleep(0.02)
         raise MyError("three")
 
+    @app.function(timeout=300)
+    def unordered(path, x):
+        while x == 0 and not os.path.exists(path):
+            time.sleep(0.02)
+        return x
+
     @app.function()
     def whoami(x):
         return mesh.current_function_call_id(), mesh.current_input_id()
@@ -115,7 +121,8 @@ def open_inputs(mesh: Mesh, app: str) -> int:
 
 
 def nothing_is_left(mesh: Mesh, app: str) -> None:
-    until(lambda: open_inputs(mesh, app) == 0, timeout=60, what=f"the inputs of {app} to end")
+    """Soon: well before a caller would be missed, which ends everything too."""
+    until(lambda: open_inputs(mesh, app) == 0, mesh.settings.caller_silence / 2, f"the inputs of {app} end")
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -125,15 +132,18 @@ def test_map_gives_values_in_the_order_of_the_inputs(mesh: Mesh) -> None:
     module = jobs(mesh, "map-order")
     assert list(module.late.map(range(20))) == list(range(20))
     assert list(module.nothing.map([1, 2])) == [None, None]
-    assert list(module.double.map([])) == []
+    assert list(module.double.map([])) == list(module.add.starmap([])) == []
+    assert module.double.for_each(iter(())) is None
     assert list(Function.from_name("map-order", "first").map(["ab", "cd"])) == ["a", "c"]
     assert list(module.first.map("ef")) == ["e", "f"]
 
 
 def test_map_gives_values_as_they_are_there(mesh: Mesh) -> None:
     module = jobs(mesh, "map-unordered")
-    found = list(module.sleeps.map(itertools.repeat(str(mesh.ledger().path)), [0, 1], [2.0, 0], order_outputs=False))
-    assert found == [1, 0]
+    values = iter(module.unordered.map([str(mesh.ledger("map-unordered").path)] * 2, [0, 1], order_outputs=False))
+    assert next(values) == 1
+    mesh.ledger("map-unordered").path.touch()
+    assert list(values) == [0]
 
 
 def test_several_iterables_are_read_together_until_the_shortest_ends(mesh: Mesh) -> None:
@@ -283,7 +293,7 @@ def test_what_cannot_be_mapped_is_refused(mesh: Mesh) -> None:
         module.double.map(5)
     with pytest.raises(InvalidError, match=r"starmap takes an iterable of argument tuples, and 1 is none; use .map"):
         list(module.double.starmap([1]))
-    with pytest.raises(TypeError, match="cannot pickle"):
+    with pytest.raises(SerializationError, match=r"cannot send argument 1: <unlocked _thread\.lock"):
         list(module.double.map([threading.Lock()]))
 
     async def inside() -> None:
@@ -315,10 +325,9 @@ def test_an_endless_iterable_is_read_as_far_as_there_is_room(mesh: Mesh) -> None
     values = iter(module.double.map(endless()))
     assert list(itertools.islice(values, 3)) == [2, 4, 6]
     until(lambda: read >= LIMIT, timeout=60, what="the room is used")
-    assert read <= LIMIT
     values.close()
     nothing_is_left(mesh, "map-endless")
-    assert read <= LIMIT
+    assert read <= LIMIT + 3
 
 
 def test_memory_and_queue_stay_flat_over_many_inputs(own_mesh: Callable[..., Mesh]) -> None:
@@ -342,7 +351,7 @@ def test_memory_and_queue_stay_flat_over_many_inputs(own_mesh: Callable[..., Mes
         taken += 1
     assert taken == 3_000
     assert furthest <= LIMIT
-    assert 0 < most <= LIMIT
+    assert 0 < most < 2 * LIMIT, "those that were taken may still be on their way out of the queue"
     nothing_is_left(mesh, "map-many")
 
 
@@ -379,6 +388,28 @@ def test_closing_early_cancels_what_is_left(mesh: Mesh) -> None:
     del values
     nothing_is_left(mesh, "map-close")
     assert mesh.ledger("map-close").count("begin ") < 30
+
+
+def test_what_is_left_ends_in_the_queue_and_in_the_worker(own_mesh: Callable[..., Mesh]) -> None:
+    """Hundreds of inputs, most of them queued, some running, some still being submitted."""
+    mesh = own_mesh()
+    module = jobs(mesh, "map-left")
+    worker = mesh.start_worker("--containers", "4")
+    values = iter(module.sleeps.map([str(mesh.ledger().path)] * 600, range(600), [0.0] + [300.0] * 599))
+    assert next(values) == 0
+    until(lambda: mesh.ledger().count("begin ") > 2)
+    values.close()
+    nothing_is_left(mesh, "map-left")
+
+    def nothing_runs() -> bool:
+        begun = {line.split()[1] for line in mesh.ledger().lines() if line.startswith("begin")} - {"0"}
+        ended = {line.split()[1] for line in mesh.ledger().lines() if line.startswith("caught")}
+        return begun == ended and not any(w.running for w in mesh.ask(lambda broker: broker.workers.all()))
+
+    until(nothing_runs, mesh.settings.caller_silence / 2)
+    assert module.double.remote(1) == 2
+    assert "caller has gone" not in worker.log
+    assert mesh.ledger().count("begin ") < 100, "hardly any of the others began"
 
 
 @pytest.mark.parametrize("leave", ["break", "return", "cancel"])

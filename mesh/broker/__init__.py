@@ -42,6 +42,8 @@ from mesh.topology import Topology
 
 __all__ = ["Broker", "Headers", "Lease", "NoResponders", "Puller", "StoreError", "Stored", "Unanswered", "translated"]
 
+_PARTING_LIMIT = 5.0  # seconds
+
 
 class Broker:
     """One environment, as SDK, CLI and workers see it.
@@ -49,6 +51,7 @@ class Broker:
     Attributes:
         token: ends the id of every call this client makes. client: how others see it, `host/pid`.
         background: what goes on after whoever began it, until the connection is closed.
+        parting: what callers who have gone leave to be done; the connection waits a moment for it before it closes.
     """
 
     def __init__(self, connection: Connection, topology: Topology, settings: Settings) -> None:
@@ -58,6 +61,7 @@ class Broker:
         self.token = new_client_token()
         self.client = f"{socket.gethostname()}/{os.getpid()}"
         self.background = Background()
+        self.parting = Background()
         self.calls = Calls(connection, topology, settings.submit_timeout)
         self.results = Results(connection, topology, self.token)
         self.cancels = Cancels(connection, topology)
@@ -97,6 +101,8 @@ class Broker:
     async def rest(self) -> None:
         """End what runs in the background for this environment; the connection stays, for others."""
         await self.background.cancel()
+        await self.parting.drain(_PARTING_LIMIT if self.connection.is_up else 0)
+        await self.parting.cancel()
         await self.flows.close()
         await self.clients.close()
         await self.results.close()

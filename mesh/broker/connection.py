@@ -185,6 +185,11 @@ class Connection:
         return self._client.is_closed
 
     @property
+    def is_ending(self) -> bool:
+        """Whether no answer comes any more, because it is closed, or its event loop ends."""
+        return self._deaf
+
+    @property
     def is_up(self) -> bool:
         return self._up.is_set()
 
