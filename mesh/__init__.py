@@ -6,6 +6,7 @@ from mesh import exception
 from mesh import functions as functions  # as in Modal, `mesh.functions.FunctionCall` works without an import of its own
 from mesh import queue as queue
 from mesh.app import App
+from mesh.call import FunctionCall
 from mesh.cls import Cls, enter, exit, method, parameter
 from mesh.context import (
     current_attempt,
@@ -18,7 +19,7 @@ from mesh.context import (
 )
 from mesh.decorators import batched, concurrent
 from mesh.exception import Error
-from mesh.sdk import Function, FunctionCall
+from mesh.sdk import Function
 from mesh.spec import Cron, Period, Retries
 from mesh.unbuilt import (
     Client,

@@ -17,8 +17,9 @@ from mesh.decorators import batching, class_options, concurrency, is_batched
 from mesh.exception import ExecutionError, InvalidError, UnimplementedError
 from mesh.options import read_variant_options
 from mesh.parameters import MISSING, Construction, Parameter, check_type, values_of
-from mesh.sdk import Elsewhere, Function, Home, configured_environment
+from mesh.sdk import Function, configured_environment
 from mesh.spec import FunctionSpec, MethodSpec, Retries, check_name
+from mesh.target import Elsewhere, Home
 from mesh.variant import Variant
 
 P = ParamSpec("P")

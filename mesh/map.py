@@ -24,7 +24,9 @@ from mesh.protocol import CancelRequest, Input, Result, State, new_call_id
 if TYPE_CHECKING:
     from mesh.broker import Broker
     from mesh.broker.results import Waiter
-    from mesh.sdk import Function, FunctionCall, Target
+    from mesh.call import FunctionCall
+    from mesh.sdk import Function
+    from mesh.target import Target
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

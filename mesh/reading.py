@@ -21,7 +21,8 @@ from mesh.protocol import Format, Input, Result, State
 if TYPE_CHECKING:
     from mesh.broker import Broker
     from mesh.broker.flows import Reader
-    from mesh.sdk import Function, FunctionCall
+    from mesh.call import FunctionCall
+    from mesh.sdk import Function
 
 _LAST_ITEMS = 2.0  # seconds to wait for the end of the flow of a call that is known to have failed
 

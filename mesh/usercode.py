@@ -97,7 +97,7 @@ def _go_first(bundle: str) -> None:
 
 def _by_value(pickled: bytes, start: Start) -> Callable[..., Any]:
     from mesh.cls import Cls, describe_class
-    from mesh.sdk import Elsewhere
+    from mesh.target import Elsewhere
 
     found = serialization.loads(pickled)
     if not callable(found):

@@ -163,11 +163,11 @@ def test_preemption_comes_as_an_interrupt() -> None:
 # --- what is not built yet -------------------------------------------------------------------------------------------
 
 CLASSES = words("""
-    Client CloudBucketMount Cls Dict Environment NetworkFileSystem Proxy Queue Sandbox Secret Tunnel Volume
-    Workspace billing
+    Client CloudBucketMount Dict Environment NetworkFileSystem Proxy Queue Sandbox Secret Tunnel Volume Workspace
+    billing
 """)
 FUNCTIONS = words("""
-    asgi_app enter exit fastapi_endpoint forward method parameter web_server wsgi_app
+    asgi_app fastapi_endpoint forward web_server wsgi_app
 """)
 
 
@@ -216,12 +216,9 @@ def test_an_image_can_be_described_as_for_modal() -> None:
 
 
 UNBUILT_METHODS: dict[object, list[str]] = {
-    mesh.Function.from_name("a", "f"): words("""
-        spawn_map with_options with_concurrency with_batching
-        get_web_url
-    """),
+    mesh.Function.from_name("a", "f"): words("spawn_map get_web_url"),
     mesh.FunctionCall.from_id("fc-0"): words("iter get_call_graph"),
-    mesh.App(): words("cls server get_dashboard_url"),
+    mesh.App(): words("server get_dashboard_url"),
 }
 
 

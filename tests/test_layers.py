@@ -20,7 +20,7 @@ LEVELS = [
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status stats",  # what callers and containers share
     "settle cancel behind dead",  # how calls end, and are sent again
-    "options map reading sdk functions queue cls report deploy app",  # what users hold
+    "options target call map reading sdk functions queue cls report deploy apprun app",  # what users hold
     "wire generating output usercode interrupts answers serving executor zygote",  # containers, from inside
     "memory machine placement runs pipes nursery container execution",  # and from outside
     "capacity autoscaler scaling codecache",  # how many, and what they run
@@ -148,14 +148,14 @@ def test_only_serialization_pickles(package: str) -> None:
 
 def test_only_the_caller_and_the_container_turn_users_bytes_into_objects() -> None:
     readers = users("serialization", {"loads", "decode", "decode_arguments", "unpack_exception"})
-    assert readers == {"sdk", "answers", "usercode"}, (
+    assert readers == {"call", "answers", "usercode"}, (
         "unpickling runs whatever code the bytes ask for: a worker, which holds the credentials, must never do it"
     )
 
 
 def test_whoever_only_passes_users_bytes_on_does_not_know_serialization() -> None:
     knowing = {part(name) for name, path in MODULES.items() if "serialization" in ours(path.read_text())}
-    assert knowing == {"sdk", "answers", "generating", "usercode", "deploy"}, (
+    assert knowing == {"sdk", "call", "answers", "generating", "usercode", "deploy"}, (
         "worker, broker and command line see users' data as bytes; so nobody unpickles by accident in a process that "
         "may do anything"
     )

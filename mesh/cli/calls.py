@@ -11,6 +11,7 @@ import typer
 
 from mesh import client
 from mesh.broker import Broker, translated
+from mesh.call import FunctionCall
 from mesh.cancel import cancel_call
 from mesh.cli import dead
 from mesh.cli.options import (
@@ -42,7 +43,6 @@ from mesh.cli.render import (
 from mesh.config import Settings
 from mesh.exception import InvalidError, NotFoundError, NotReadyError
 from mesh.protocol import CancelRequest, State, format_time, is_call_id
-from mesh.sdk import FunctionCall
 from mesh.status import CallStatus, Filter, find_call, recent, unfinished
 
 app = typer.Typer(help="See calls and their results, cancel them, make them anew.", no_args_is_help=True)
