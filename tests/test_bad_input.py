@@ -18,7 +18,7 @@ import msgpack
 import pytest
 
 import mesh as modal
-from mesh import Function, FunctionCall
+from mesh import Function, FunctionCall, options
 from mesh.broker import Broker, Stored
 from mesh.config import Settings
 from mesh.exception import (
@@ -435,7 +435,7 @@ def test_decorators_in_the_wrong_place() -> None:
 
 def test_options_that_only_a_cloud_has_warn_once() -> None:
     app = modal.App("cloud")
-    modal.app._warned.clear()
+    options._warned.clear()
     with pytest.warns(UserWarning, match="region= does nothing here"):
         app.function(region="eu")
     app.function(region="us")  # no second warning: those are errors in these tests

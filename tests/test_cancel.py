@@ -61,6 +61,13 @@ JOBS = """
             except BaseException:
                 note(path, f"swallowed {{name}}")
 
+    @app.function()
+    def holds(path, name):
+        note(path, f"begin {{name}} {{os.getpid()}}")
+        while not os.path.exists(path + ".go"):
+            time.sleep(0.05)
+        return name
+
     @app.function(retries=mesh.Retries(max_retries=5, initial_delay=60, max_delay=86400))
     def fails(path, name):
         note(path, f"begin {{name}} {{os.getpid()}}")
@@ -317,11 +324,11 @@ def test_dead_callers_take_their_remote_calls_along(own_mesh: Callable[..., Mesh
     module = mesh.deploy(jobs("caller"))
     mesh.start_worker("--containers", "2")
     path = str(mesh.ledger().path)
-    spawned = module.sleeps.spawn(path, "spawned", 24)
+    spawned = module.holds.spawn(path, "spawned")
     began(mesh, "spawned")
     running = caller(mesh, "caller", "waits", path, "running")
     began(mesh, "running")
-    next_one = module.detached.spawn(path, "next", 16)  # what takes the place that the running one will leave
+    next_one = module.holds.spawn(path, "next")  # what takes the place that the running one will leave
     queued = caller(mesh, "caller", "stubborn", path, "queued")
     living: list[str] = []
     waiter = threading.Thread(target=lambda: living.append(module.waits.remote(path, "living", 0)))
@@ -331,12 +338,13 @@ def test_dead_callers_take_their_remote_calls_along(own_mesh: Callable[..., Mesh
         process.kill()
         process.communicate()
     until(lambda: mesh.ledger().count("caught running CancelledError"), timeout=60)
-    until(lambda: cancelled(mesh) == ["stubborn", "waits"], what="both, whoever held them")
+    until(lambda: cancelled(mesh) == ["stubborn", "waits"], timeout=60, what="both, whoever held them")
+    assert mesh.ledger().count("begin queued") == 0
+    mesh.ledger("ledger.go").path.touch()
     assert spawned.get(timeout=60) == "spawned"
     next_one.get(timeout=60)
     waiter.join()
     assert living == ["living"]
-    assert mesh.ledger().count("begin queued") == 0
     until(lambda: queue_is_empty(mesh))
     until(lambda: clients(mesh) == [], what="nobody waits any more")
 

@@ -162,3 +162,32 @@ def test_an_idle_container_goes_after_a_while(own_mesh: Callable[..., Mesh]) -> 
     until(lambda: not worker.containers(), timeout=10, what="the idle container ends")
     assert module.f.remote() == 1
     assert len({module.once.remote() for _ in range(3)}) == 3
+
+
+def test_idle_containers_of_others_do_not_keep_a_function_at_one(own_mesh: Callable[..., Mesh]) -> None:
+    """Its second input comes while the first runs, and is heard of only if it is asked for."""
+    mesh = own_mesh()
+    module = mesh.deploy(
+        """
+        import mesh, os, time
+        app = mesh.App("second-one")
+
+        @app.function()
+        def idle():
+            pass
+
+        @app.function()
+        def meets(path, name, other):
+            open(f"{path}.{name}", "w").close()
+            while not os.path.exists(f"{path}.{other}"):
+                time.sleep(0.02)
+            return name
+        """
+    )
+    mesh.start_worker("--containers", "2")
+    module.idle.remote()
+    path = str(mesh.ledger().path)
+    first = module.meets.spawn(path, "first", "second")
+    until(mesh.ledger("ledger.first").path.exists)
+    second = module.meets.spawn(path, "second", "first")
+    assert FunctionCall.gather(first, second) == ["first", "second"]

@@ -104,6 +104,18 @@ JOBS = """
     def generates(x):
         yield x
 
+    @app.cls()
+    class Greeter:
+        word: str = mesh.parameter(default="hello")
+
+        @mesh.method()
+        def greet(self, name, mark=""):
+            return f"{{self.word}} {{name}}{{mark}}"
+
+        @mesh.method()
+        def sleeps(self, path, x):
+            return sleeps.local(path, x)
+
 """
 
 
@@ -190,6 +202,33 @@ def test_maps_go_into_each_other_and_into_functions(mesh: Mesh) -> None:
     assert list(module.double.map(module.double.map(range(4)))) == [0, 4, 8, 12]
     assert list(module.sum_of_doubles.map([3] * 12)) == [6] * 12, "more of them than containers"
     assert module.sum_of_doubles_async.remote(3) == 6
+
+
+def test_methods_and_handles_with_options_are_mapped_too(mesh: Mesh) -> None:
+    module = jobs(mesh, "map-handles")
+    assert list(module.Greeter().greet.map(["a", "b"])) == ["hello a", "hello b"]
+    hi = module.Greeter.with_options(timeout=99)(word="hi")
+    assert list(hi.greet.starmap([("a", "!"), ("b", "?")])) == ["hi a!", "hi b?"]
+    path = str(mesh.ledger("map-handles").path)
+    with pytest.raises(module.MyError, match="once more"):
+        list(module.second.with_options(retries=0).map([path], [1]))
+    values = iter(hi.sleeps.map([path] * 9, range(9)))
+    waiting = threading.Thread(target=lambda: pytest.raises(RemoteError, list, values))
+    waiting.start()
+    until(lambda: mesh.ledger("map-handles").count("begin ") > 0)
+    (first, *_) = mesh.ask(lambda broker: broker.calls.of_app("map-handles", 1))
+    mesh.cli("call", "cancel", first.subject.split(".")[-2])
+    waiting.join()
+    nothing_is_left(mesh, "map-handles")
+
+
+def test_inputs_begin_in_their_order(own_mesh: Callable[..., Mesh]) -> None:
+    """Not only come out of it in order: whoever waits for the first would wait for all others before it."""
+    mesh = own_mesh()
+    module = jobs(mesh, "map-begin")
+    mesh.start_worker("--containers", "1")
+    assert list(module.sleeps.map([str(mesh.ledger().path)] * 200, range(200), [0.0] * 200)) == list(range(200))
+    assert mesh.ledger().lines() == [f"begin {x}" for x in range(200)]
 
 
 def test_each_input_is_tried_again_by_itself(mesh: Mesh) -> None:
