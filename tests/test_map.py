@@ -113,8 +113,8 @@ JOBS = """
             return f"{{self.word}} {{name}}{{mark}}"
 
         @mesh.method()
-        def sleeps(self, path, x):
-            return sleeps.local(path, x)
+        def sleeps(self, path, x, seconds):
+            return sleeps.local(path, x, seconds)
 
 """
 
@@ -212,13 +212,12 @@ def test_methods_and_handles_with_options_are_mapped_too(mesh: Mesh) -> None:
     path = str(mesh.ledger("map-handles").path)
     with pytest.raises(module.MyError, match="once more"):
         list(module.second.with_options(retries=0).map([path], [1]))
-    values = iter(hi.sleeps.map([path] * 9, range(9)))
-    waiting = threading.Thread(target=lambda: pytest.raises(RemoteError, list, values))
-    waiting.start()
-    until(lambda: mesh.ledger("map-handles").count("begin ") > 0)
+    values = iter(hi.sleeps.map([path] * 9, range(9), [0.0] + [300.0] * 8))
+    assert next(values) == 0
     (first, *_) = mesh.ask(lambda broker: broker.calls.of_app("map-handles", 1))
     mesh.cli("call", "cancel", first.subject.split(".")[-2])
-    waiting.join()
+    with pytest.raises(RemoteError, match="cancelled: by mesh call cancel"):
+        next(values)
     nothing_is_left(mesh, "map-handles")
 
 
