@@ -12,6 +12,7 @@ from mesh.placement import Size
 if TYPE_CHECKING:
     from mesh.pool import Pool
 
+_NOTHING = Size()
 _SLICE = 1.0  # seconds a container keeps its place once it has it, while other functions wait for one
 
 
@@ -39,7 +40,7 @@ class Capacity:
     def _sum(self, counts: Callable[[Container], bool]) -> Size:
         total = Size()
         for pool in self._pools:
-            if number := sum(map(counts, pool.containers)):
+            if pool.containers and (number := sum(map(counts, pool.containers))):
                 size = pool.size
                 total += Size(containers=number, cpus=number * size.cpus, memory=number * size.memory)
         return total
@@ -48,9 +49,9 @@ class Capacity:
     def free(self) -> Size:
         return self.total - self.used
 
-    def make_room(self, pool: Pool) -> bool:
-        """Whether `pool` may start a container now; idle ones of other pools end for it."""
-        ending = self._ending_for(pool)
+    def make_room(self, pool: Pool, promised: Size = _NOTHING) -> bool:
+        """Whether `pool` may start a container now, beside what is promised; idle ones of other pools end for it."""
+        ending = self._ending_for(pool, promised)
         for container in ending or ():
             container.stop()
         return ending is not None
@@ -59,11 +60,13 @@ class Capacity:
         """What `make_room` would say, without ending anything."""
         return self._ending_for(pool) is not None
 
-    def _ending_for(self, pool: Pool) -> list[Container] | None:
+    def _ending_for(self, pool: Pool, promised: Size = _NOTHING) -> list[Container] | None:
         """The idle containers that would have to end for another one of `pool`; `None` where that is not enough."""
-        free = self.free
+        free = self.free - promised
         if self._is_owed(pool, free):
             return None
+        if pool.size.fits(free):
+            return []
         ending: list[Container] = []
         for container, size in self._spare(pool):
             if pool.size.fits(free):
@@ -75,7 +78,8 @@ class Capacity:
 
     def _spare(self, pool: Pool) -> list[tuple[Container, Size]]:
         """Containers that pools other than this one can do without, the longest idle first."""
-        spare = [(c, other.size) for other in self._pools if other is not pool for c in other.scaling.spare()]
+        others = (other for other in self._pools if other.containers and other is not pool)
+        spare = [(c, other.size) for other in others for c in other.scaling.spare()]
         return sorted(spare, key=lambda pair: pair[0].idle_since)
 
     def _is_owed(self, pool: Pool, free: Size) -> bool:
@@ -135,6 +139,15 @@ class Capacity:
         return [pool for since, pool in sorted(starving, key=lambda pair: pair[0]) if since <= until]
 
     def _feed_starving(self) -> None:
+        """Let those start a container that there is room for. They may be many more than that, hundreds of pools of one
+        class: none is looked at in vain."""
+        promised, too_large = Size(), set[Size]()
         for pool in self.starving():
-            if self.make_room(pool):
+            size = pool.size
+            if size in too_large:
+                continue
+            if self.make_room(pool, promised):
+                promised += size
                 pool.feed()
+            else:
+                too_large.add(size)

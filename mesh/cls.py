@@ -228,6 +228,15 @@ def _give_constructor(cls: type, parameters: Mapping[str, Parameter]) -> None:
     setattr(cls, "__init__", constructor)  # noqa: B010 - type checkers forbid to assign it
 
 
+def check_construction(cls: type, construction: Construction) -> None:
+    """Refuse what the constructor of a class cannot be called with.
+
+    Raises:
+        TypeError: too many arguments, too few, or ones that it does not know.
+    """
+    inspect.signature(cls).bind(*construction.args, **construction.kwargs)
+
+
 def construct(cls: type, construction: Construction) -> Any:
     """An instance, which knows what it was constructed with."""
     instance = cls(*construction.args, **construction.kwargs)
@@ -302,7 +311,7 @@ class Cls:
         if self._spec is not None and self._spec.parameters is not None:
             values_of(self._name, self._spec.parameters, construction)
         elif self._raw is not None:
-            inspect.signature(self._raw).bind(*args, **kwargs)
+            check_construction(self._raw, construction)
         return Obj(self, construction)
 
     def __getattr__(self, name: str) -> NoReturn:

@@ -104,7 +104,7 @@ class Listener(Protocol):
     """Who is told what a container does: its pool."""
 
     def on_ready(self, container: Container) -> None: ...
-    def on_start_failed(self, container: Container, failure: Failure) -> None: ...
+    def on_start_failed(self, container: Container, failure: Failure, *, for_good: bool) -> None: ...
     def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None: ...
     def on_dropped(self, container: Container, assignment: Assignment) -> None: ...
     def on_output(self, container: Container, assignment: Assignment | None, stream: int, text: str) -> None: ...
@@ -223,9 +223,9 @@ class Container:
             self._fail_start(failure(FunctionTimeoutError, text))
             self.kill(text)
 
-    def _fail_start(self, failed: Failure) -> None:
+    def _fail_start(self, failed: Failure, *, for_good: bool = False) -> None:
         self.stopping = self._start_failed = True
-        self._listener.on_start_failed(self, failed)
+        self._listener.on_start_failed(self, failed, for_good=for_good)
 
     @property
     def pid(self) -> int:
@@ -423,7 +423,7 @@ class Container:
                 self.idle_since = time.monotonic()
                 self._listener.on_ready(self)
             case StartFailed():
-                self._fail_start(Failure.decode(frame.failure))
+                self._fail_start(Failure.decode(frame.failure), for_good=frame.for_good)
             case Waiting():
                 self._on_waiting(frame)
             case _:

@@ -20,8 +20,9 @@ from typing import NoReturn
 from mesh import context
 from mesh.frames import BeginMarks, Ready, Start, StartFailed, Waiting
 from mesh.output import Output, flush_c_output, replace_output
+from mesh.protocol import failure
 from mesh.serving import Serving
-from mesh.usercode import load, start_failure
+from mesh.usercode import NeverStartsError, load, start_failure
 from mesh.wire import Wire
 
 
@@ -66,6 +67,9 @@ def prepare(wire: Wire, start: Start, outputs: tuple[Output, Output], marks: Beg
     try:
         serving = Serving(wire, start, load(start), outputs, marks)
         serving.prepare()
+    except NeverStartsError as error:
+        wire.send(StartFailed(failure(TypeError, str(error)).encode(), for_good=True))
+        return None
     except BaseException as error:
         wire.send(StartFailed(start_failure(error, start.bundle).encode()))
         return None

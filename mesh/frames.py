@@ -140,9 +140,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class StartFailed:
-    """The user's code could not be imported or set up; the container exits."""
+    """The user's code could not be imported or set up; the container exits. `for_good`: the same code never can be."""
 
     failure: bytes
+    for_good: bool = False
 
 
 @dataclass(frozen=True, slots=True)

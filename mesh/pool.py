@@ -60,6 +60,7 @@ class Pool:
         self.spec = record.spec
         self.bounds_set: Mapping[str, Any] = {}
         self.refusal: Failure | None = None
+        self._never_starts: Failure | None = None
         self.containers: list[Container] = []
         self.consumer = worker.broker.topology.consumer(key)
         self.closed = False
@@ -132,7 +133,7 @@ class Pool:
         """By which version an input is run, and with which options; generators of a class share none of its retries."""
         return About(
             app=self.key.app,
-            function=self.key.function,
+            function=held.lease.address.function if held.lease.address is not None else self.key.function,
             code=self.record.version[:12],
             worker=self._worker.name,
             spec=dataclasses.replace(self.spec, retries=None) if held.generates else self.spec,
@@ -145,6 +146,8 @@ class Pool:
         """Another version, or its removal: what runs finishes on the old code, the rest runs on the new."""
         changed = record.version != self.record.version or record.removed != self.record.removed
         self.record = record
+        if changed:
+            self._never_starts = None
         self._set_spec()
         if self.unfit:
             self.hand_back(self.unfit)
@@ -158,7 +161,7 @@ class Pool:
 
     def _set_spec(self) -> None:
         """The options in force. What the pool asks for may make no sense with what is deployed now."""
-        self.refusal = None
+        self.refusal = self._never_starts
         try:
             self.variant = self.variant.of(self.record.spec)
             self.spec = self.variant.apply(self.record.spec)
@@ -395,7 +398,7 @@ class Pool:
                 return
             await container.start(start, variables, spec.start_limit, spec.memory, self._worker.scratch.path)
         except (Error, OSError) as error:
-            self.on_start_failed(container, failure(type(error), str(error)))
+            self.on_start_failed(container, failure(type(error), str(error)), for_good=False)
             self._drop(container)
             self.feed()
 
@@ -414,8 +417,7 @@ class Pool:
         self.start_error = failed.summary
         if self.key.app.startswith("ap-"):
             # The client of a single run waits, and nobody will deploy something better: its inputs fail.
-            while self.intake.waiting:
-                self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.REFUSED, failure=failed))
+            self._refuse_waiting(failed)
             return
         if not self._resting():  # containers that were started together fail together, and count once
             self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
@@ -424,6 +426,10 @@ class Pool:
             self._worker.wake_at(self._retry_at, self)
         while self.intake.waiting and self.is_stuck():
             self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.NOT_STARTED, text=failed.summary))
+
+    def _refuse_waiting(self, why: Failure) -> None:
+        while self.intake.waiting:
+            self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.REFUSED, failure=why))
 
     def tick(self) -> None:
         """Look at what has no event of its own: time that passes."""
@@ -445,8 +451,13 @@ class Pool:
             self.start_error = ""
         self.feed()
 
-    def on_start_failed(self, container: Container, failure: Failure) -> None:
-        if self._versions[container] == self.record.version:  # that older code did not start says nothing
+    def on_start_failed(self, container: Container, failure: Failure, *, for_good: bool) -> None:
+        if self._versions[container] != self.record.version:
+            return  # that older code did not start says nothing
+        if for_good:
+            self._never_starts = self.refusal = failure
+            self._refuse_waiting(failure)
+        else:
             self._start_failed(failure)
 
     def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None:

@@ -252,8 +252,14 @@ class Function(Generic[P, R]):
         )
 
     def _check_kind(self, kind: str, spec: FunctionSpec) -> None:
-        """Generators are called in one way, and nothing else is."""
-        is_generator = spec.yields(method_of(self._name))
+        """Generators are called in one way, and nothing else is; a class only by its methods."""
+        method = method_of(self._name)
+        if spec.methods is not None and not method:
+            raise InvalidError(
+                f"{self._name!r} is a class: call a method of an instance of it, "
+                f"mesh.Cls.from_name({self._home.description!r}, {self._name!r})().{next(iter(spec.methods))}"
+            )
+        is_generator = spec.yields(method)
         if is_generator and kind != "generator":
             raise InvalidError(f"{self._name!r} is a generator function: use .remote_gen(), not .{kind}()")
         if kind == "generator" and not is_generator:

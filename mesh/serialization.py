@@ -386,6 +386,9 @@ def _format_traceback(error: BaseException, skip: Callable[[str], bool]) -> str:
     return "".join(traceback.TracebackException(type(error), error, frames).format())
 
 
+_TYPE_ERROR = qualified_name(TypeError)
+
+
 def unpack_exception(failure: Failure, *, unpickle: bool = True) -> Exception:
     """The exception to raise at the caller: the user's own, or what stands in for it, with the remote traceback.
 
@@ -402,9 +405,13 @@ def unpack_exception(failure: Failure, *, unpickle: bool = True) -> Exception:
 
 
 def _own_error(failure: Failure) -> Exception | None:
-    """One of mesh's own errors, which need no pickle."""
+    """One of mesh's own errors, which need no pickle; or a `TypeError`, of the parameters of a class."""
+    if failure.pickle:
+        return None
     module, _, name = failure.type.rpartition(".")
-    cls = getattr(exception, name, None) if module == exception.__name__ and not failure.pickle else None
+    if failure.type == _TYPE_ERROR:
+        return TypeError(failure.text)
+    cls = getattr(exception, name, None) if module == exception.__name__ else None
     return cls(failure.text) if isinstance(cls, type) and issubclass(cls, exception.Error) else None
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mesh.protocol import PREVIEW_LIMIT, Address, Format, Result, State, call_time
+from mesh.protocol import PREVIEW_LIMIT, Address, Format, Result, State, call_time, class_of
 from mesh.records import AttemptLog, WorkerRecord
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Filter:
     def matches(self, *, app: str, function: str, state: str, error: str, at: float) -> bool:
         return (
             (not self.app or app == self.app)
-            and (not self.function or function == self.function)
+            and (not self.function or self.function in (function, class_of(function)))
             and (not self.state or state == self.state)
             and self.error.lower() in error.lower()
             and self.since <= at <= self.until

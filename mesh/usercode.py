@@ -44,18 +44,31 @@ class UserCode:
             raise NotFoundError(f"there is no method {method!r}; there is {known}") from None
 
 
+class NeverStartsError(Exception):
+    """The code cannot be set up as its pool asks for, and never will be until other code is deployed."""
+
+
 def load(start: Start) -> UserCode:
-    """Import what the container is to run. Whatever that raises is the user's."""
+    """Import what the container is to run. Whatever else that raises is the user's.
+
+    Raises:
+        NeverStartsError: the class cannot be constructed with the arguments of its pool.
+    """
     found = _find(start)
     return _instance(found, start) if isinstance(found, type) else UserCode(functions={"": found})
 
 
 def _instance(cls: type, start: Start) -> UserCode:
     """An instance of the user's class, and what of it can be run."""
-    from mesh.cls import construct, hooks_of, methods_of
+    from mesh.cls import check_construction, construct, hooks_of, methods_of
     from mesh.parameters import Construction
 
-    instance = construct(cls, Construction.from_json(start.construction))
+    construction = Construction.from_json(start.construction)
+    try:
+        check_construction(cls, construction)
+    except TypeError as error:  # its callers looked it up by name, and could not know
+        raise NeverStartsError(f"{cls.__name__}(): {error}") from None
+    instance = construct(cls, construction)
     return UserCode(
         functions={name: member.raw.__get__(instance, cls) for name, member in methods_of(cls).items()},
         enter=[getattr(instance, name) for name in hooks_of(cls, "enter")],

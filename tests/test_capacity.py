@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 from mesh import FunctionCall
+from mesh.capacity import Capacity
+from mesh.placement import Size
 from tests.support import Mesh, until
 
 
@@ -88,6 +92,31 @@ def test_a_busy_function_does_not_starve_another(own_mesh: Callable[..., Mesh]) 
     assert module.small.remote() == "small"
     assert time.monotonic() - began < 6
     assert calls[-1].status().state == "queued"
+
+
+def test_no_more_pools_are_woken_than_there_is_room_for() -> None:
+    """Hundreds of pools of one class may wait: to look at all of them at each event would take seconds of it."""
+    fed, ended = list[object](), list[object]()
+
+    def pool(number: int, containers: Sequence[object] = ()) -> Any:
+        pool = SimpleNamespace(size=Size(containers=1), containers=containers, feed=lambda: fed.append(number))
+        pool.starving_since = None if containers else float(number)
+        pool.scaling = SimpleNamespace(spare=lambda: [c for c in containers if not c.stopping])
+        return pool
+
+    def idle(number: int) -> Any:
+        container = SimpleNamespace(waiting=False, stopping=False, load=0, idle_since=float(number))
+
+        def stop() -> None:
+            container.stopping = True
+            ended.append(number)
+
+        container.stop = stop
+        return container
+
+    pools = [pool(n) for n in range(200)] + [pool(200 + n, [idle(n)]) for n in range(3)]
+    Capacity(Size(containers=4), pools).changed()
+    assert (fed, ended) == ([0, 1, 2, 3, 200, 201, 202], [0, 1, 2])
 
 
 def test_max_containers_within_one_worker(own_mesh: Callable[..., Mesh]) -> None:

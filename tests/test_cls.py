@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 import mesh
-from mesh import sweep
+from mesh import Cls, sweep
 from mesh.broker import Broker, pools
 from mesh.exception import ExecutionError, InvalidError, NotFoundError
 from mesh.parameters import Construction, Parameter, bind
@@ -150,6 +150,12 @@ def test_methods_are_called_in_every_way_a_function_is(shop: object) -> None:
     assert model.overridden.remote() == "derived"
 
 
+def test_a_call_is_its_method_s_before_and_after_it_has_ended(shop: object) -> None:
+    call = shop.Shop().price.spawn(2)
+    call.get()
+    assert call.status().function == "Shop.price"
+
+
 def test_each_set_of_parameters_has_containers_of_its_own(shop: object) -> None:
     steps, first = shop.Shop().told.remote()
     assert steps == ["open", "stock 1"]
@@ -252,6 +258,21 @@ def test_an_instance_that_cannot_be_entered_says_why(shop: object) -> None:
     call.cancel()
 
 
+def test_a_constructor_that_cannot_be_called_fails_the_call(own_mesh: Callable[..., Mesh]) -> None:
+    """Who looks a class up by name cannot know; and code that can be called so may be deployed."""
+    mesh = own_mesh()
+    source = SHOP.format(name="constructors", ledger=mesh.ledger("ledger"))
+    deployed = mesh.deploy(source)
+    mesh.start_worker()
+    own = Cls.from_name("constructors", "Own")
+    for wrong in own(1, 2, 3), own(stop=1), own():
+        for _ in range(2):
+            with pytest.raises(TypeError, match=r"^Own\(\): (too many|missing a required|got an unexpected)"):
+                wrong.next.remote()
+    mesh.redeploy(deployed, source.replace("start, step=1)", "start, step=1, *others)"))
+    assert own(1, 2, 3).next.remote() == 3
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +289,9 @@ def test_what_is_not_deployed_shows_at_its_first_use(shop: object) -> None:
         mesh.Cls.from_name(name, "Nothing")().ask.remote()
     with pytest.raises(NotFoundError, match="has no method 'ask'; it has count, fails, here, later"):
         mesh.Cls.from_name(name, "Shop")().ask.remote()
+    for call in (mesh.Function.from_name(name, "Shop").remote, mesh.Function.from_name(name, "Shop").spawn):
+        with pytest.raises(InvalidError, match=rf"'Shop' is a class: .* mesh.Cls.from_name\('{name}', 'Shop'\)\(\)\."):
+            call()
     with pytest.raises(NotFoundError, match=r"'who' of app .* is a function, which has no method 'ask'"):
         mesh.Cls.from_name(name, "who")().ask.remote()
     with pytest.raises(TypeError, match=r"Shop\(\) has no parameter 'color'; it has currency, size"):

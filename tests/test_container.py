@@ -29,7 +29,7 @@ class Listener:
     def on_ready(self, container: Container) -> None:
         self.said.append("ready")
 
-    def on_start_failed(self, container: Container, failure: Failure) -> None:
+    def on_start_failed(self, container: Container, failure: Failure, *, for_good: bool) -> None:
         self.said.append(f"start failed: {failure.summary}")
 
     def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None:

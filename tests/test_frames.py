@@ -67,7 +67,7 @@ GOLDEN: list[tuple[Frame, list[Any]]] = [
     (WORK, [1, 7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3]),
     (Stop(), [2]),
     (Ready(), [3]),
-    (StartFailed(b"\x80"), [4, b"\x80"]),
+    (StartFailed(b"\x80", for_good=True), [4, b"\x80", True]),
     (Outcome(7, "succeeded", "json", b"1"), [5, 7, "succeeded", "json", b"1"]),
     (Log(7, 2, "line\n"), [6, 7, 2, "line\n"]),
     (Waiting(4, True), [7, 4, True]),

@@ -23,7 +23,7 @@ Env = Annotated[str | None, typer.Option("--env", "-e", help="The environment.",
 Url = Annotated[str | None, typer.Option("--url", help="The NATS server, nats://user:password@host:port.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AppName = Annotated[str, typer.Option("--app", help="Only of this app.")]
-FunctionName = Annotated[str, typer.Option("--function", help="Only of this function.")]
+FunctionName = Annotated[str, typer.Option("--function", help="Only of this function, class or method.")]
 ErrorText = Annotated[str, typer.Option("--error", help="Only with this in the last error.")]
 Since = Annotated[str, typer.Option("--since", help="Not before: `2h`, `30m`, `3d`, or an RFC 3339 time.")]
 Until = Annotated[str, typer.Option("--until", help="Not after; as --since.")]
