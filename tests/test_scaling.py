@@ -343,8 +343,8 @@ def test_the_autoscaler_is_changed_while_it_is_deployed(own_mesh: Callable[..., 
     until(lambda: counts(mesh) == [2, 2], what="the minimum is there, on both workers")
     running = {pid for worker in mesh.workers for pid in worker.containers()}
 
-    settings = module.f.update_autoscaler(max_containers=6, buffer_containers=1)
-    assert (settings.min_containers, settings.max_containers, settings.buffer_containers) == (4, 6, 1)
+    settings = module.f.update_autoscaler(max_containers=12, buffer_containers=1)  # a lower one would end some
+    assert (settings.min_containers, settings.max_containers, settings.buffer_containers) == (4, 12, 1)
     mesh.start_worker()  # one that comes later is told, too
     until(lambda: sorted(counts(mesh)) == [1, 1, 2])
     assert running & {pid for worker in mesh.workers for pid in worker.containers()}
