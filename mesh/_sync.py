@@ -195,12 +195,16 @@ class both(Generic[S, P, R]):  # noqa: N801 - reads as a decorator
 
 
 class Outputs(Generic[R]):
-    """What comes out of a generator: `for` waits for each item, `async for` awaits it. It can be gone through once."""
+    """What comes out of a generator: `for` and `next` wait for each item, `async for` awaits it; `close` leaves early.
+
+    It can be gone through once.
+    """
 
     def __init__(self, method: str, batches: AsyncGenerator[list[R], None]) -> None:
         self._method = method
         self._batches = batches
         self._begun = False
+        self._items: Generator[R] | None = None
 
     def __iter__(self) -> Generator[R]:
         self._begun = True
@@ -209,7 +213,16 @@ class Outputs(Generic[R]):
                 f"`for … in .{self._method}(…)` would stop the event loop that runs here: use "
                 f"`async for … in .{self._method}.aio(…)`"
             )
-        return _bridge.iterate(self._batches)
+        return self._items or _bridge.iterate(self._batches)  # not kept: leaving a `for` early closes it
+
+    def __next__(self) -> R:
+        self._items = iter(self)
+        return next(self._items)
+
+    def close(self) -> None:
+        """Take no more items: what gives them is cancelled, as at the early end of a `for`."""
+        self._items = iter(self)
+        self._items.close()
 
     def __aiter__(self) -> AsyncGenerator[R, None]:
         self._begun = True

@@ -292,6 +292,17 @@ def test_the_first_item_waits_for_no_other(mesh: Mesh, function: str) -> None:
     items.close()
 
 
+def test_items_are_taken_one_by_one(mesh: Mesh) -> None:
+    module = jobs(mesh, "gen-next")
+    items = module.count.remote_gen(3)
+    assert [next(items), next(items), *items] == [0, 1, 2]
+    assert next(items, None) is None
+    items = module.count.remote_gen(100_000)
+    assert next(items) == 0
+    items.close()
+    assert list(items) == []
+
+
 def test_the_value_of_the_call_is_how_many_there_were(mesh: Mesh) -> None:
     module = jobs(mesh, "gen-count")
     path = str(mesh.ledger("gen-count").path)
