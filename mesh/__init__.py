@@ -20,6 +20,7 @@ from mesh.context import (
 from mesh.decorators import batched, concurrent
 from mesh.exception import Error
 from mesh.sdk import Function
+from mesh.secret import Secret
 from mesh.spec import Cron, Period, Retries
 from mesh.unbuilt import (
     Client,
@@ -31,7 +32,6 @@ from mesh.unbuilt import (
     Proxy,
     Queue,
     Sandbox,
-    Secret,
     Tunnel,
     Volume,
     Workspace,

@@ -18,6 +18,7 @@ from mesh.decorators import function_options
 from mesh.exception import InvalidError, NotFoundError, UnimplementedError
 from mesh.options import read_options
 from mesh.sdk import Function
+from mesh.secret import Secret
 from mesh.spec import Cron, FunctionSpec, Period, Retries, check_app_name
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class App:
 
     Args:
         name: what it is deployed and looked up as; needed only for that.
-        tags: labels, kept with the app. include_source: exists for code written for Modal; source always travels.
+        tags: labels, kept with the app. secrets: what all its functions get, before their own.
+        include_source: exists for code written for Modal; source always travels.
 
     Raises:
         InvalidError: a name that cannot be one.
@@ -102,7 +104,7 @@ class App:
         *,
         tags: Mapping[str, str] | None = None,
         image: object = None,
-        secrets: Sequence[object] = (),
+        secrets: Sequence[Secret] = (),
         volumes: Mapping[str, object] | None = None,
         include_source: bool = True,
     ) -> None:
@@ -195,7 +197,7 @@ class App:
         image: object = None,
         schedule: Cron | Period | None = None,
         env: Mapping[str, str | None] | None = None,
-        secrets: Sequence[object] = (),
+        secrets: Sequence[Secret] = (),
         gpu: object = None,
         serialized: bool = False,
         volumes: Mapping[str, object] | None = None,
@@ -234,7 +236,9 @@ class App:
         """Make a function of the mesh out of a Python function.
 
         Args:
-            env: variables set in its containers; entries that are `None` are left out.
+            env: variables set in its containers; entries that are `None` are left out. They are stored as they are:
+                what nobody may read belongs into a secret.
+            secrets: where more variables come from; of two with one name the later counts, and `env` last.
             serialized: send the function by value: needed where it is not defined at the top level of a module.
             gpu: what its worker must have, by the label `gpu=` of `mesh worker`: `"l4"`, `"l4:2"` for two of them
                 (label `gpu.count`), `"any"`, or a list of which any will do. It places containers, and divides no GPU.
@@ -267,8 +271,9 @@ class App:
         """
         if args:
             raise InvalidError("did you forget the parentheses? Write @app.function(), not @app.function")
+        secrets = [*self._secrets, *secrets]
         options = read_options("@app.function", locals(), old)
-        unbuilt = self._unbuilt_options(image, schedule, secrets, volumes)
+        unbuilt = self._unbuilt_options(image, schedule, volumes)
         frame = sys._getframe(1)
 
         def decorate(raw: Callable[..., Any]) -> Function[Any, Any]:
@@ -286,14 +291,13 @@ class App:
 
         return decorate
 
-    def _unbuilt_options(self, image: object, schedule: object, secrets: object, volumes: object) -> str:
+    def _unbuilt_options(self, image: object, schedule: object, volumes: object) -> str:
         """Options that would change what the function does and are not built: refused when it is deployed."""
         if schedule is not None and not isinstance(schedule, Cron | Period):
             raise InvalidError(f"schedule must be a mesh.Cron or a mesh.Period, not {schedule!r}")
         asked = {
             "image": image or self._image,
             "schedule": schedule,
-            "secrets": secrets or self._secrets,
             "volumes": volumes or self._volumes,
         }
         return ", ".join(option for option, value in asked.items() if value)
@@ -331,7 +335,7 @@ class App:
         *args: Any,
         image: object = None,
         env: Mapping[str, str | None] | None = None,
-        secrets: Sequence[object] = (),
+        secrets: Sequence[Secret] = (),
         gpu: object = None,
         serialized: bool = False,
         volumes: Mapping[str, object] | None = None,
@@ -376,8 +380,9 @@ class App:
         """
         if args:
             raise InvalidError("did you forget the parentheses? Write @app.cls(), not @app.cls")
+        secrets = [*self._secrets, *secrets]
         options = read_options("@app.cls", locals(), old)
-        unbuilt = self._unbuilt_options(image, None, secrets, volumes)
+        unbuilt = self._unbuilt_options(image, None, volumes)
         frame = sys._getframe(1)
 
         def decorate(raw: type[T]) -> type[T]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Protocol, Self, TypeVar, overload
 
 from mesh._sync import both, bridge
@@ -18,6 +18,7 @@ from mesh.exception import ExecutionError, InvalidError, UnimplementedError
 from mesh.options import read_variant_options
 from mesh.parameters import MISSING, Construction, Parameter, check_type, values_of
 from mesh.sdk import Function, configured_environment
+from mesh.secret import Secret
 from mesh.spec import FunctionSpec, MethodSpec, Retries, check_name
 from mesh.target import Elsewhere, Home
 from mesh.variant import Variant
@@ -342,7 +343,7 @@ class Cls:
         memory: int | tuple[int, int] | None = None,
         gpu: object = None,
         env: Mapping[str, str | None] | None = None,
-        secrets: object = None,
+        secrets: Sequence[Secret] | None = None,
         volumes: object = None,
         retries: int | Retries | None = None,
         max_containers: int | None = None,
@@ -359,8 +360,8 @@ class Cls:
     ) -> Cls:
         """The same class with other options: `Function.with_options`, for all its methods."""
         options = locals()
-        if secrets or volumes:
-            raise UnimplementedError("with_options(secrets=…, volumes=…) is not built yet")
+        if volumes:
+            raise UnimplementedError("with_options(volumes=…) is not built yet")
         return self._with(read_variant_options(options))
 
     def with_concurrency(self, *, max_inputs: int, target_inputs: int | None = None) -> Cls:

@@ -147,6 +147,9 @@ class Settings:
     data_dir: Path = _setting(lambda: _home("XDG_DATA_HOME", ".local/share"), _path, "what `mesh up` keeps")
     cache_dir: Path = _setting(lambda: _home("XDG_CACHE_HOME", ".cache"), _path, "unpacked code; safe to delete")
     state_dir: Path = _setting(lambda: _home("XDG_STATE_HOME", ".local/state"), _path, "where a running mesh is noted")
+    secret_key_file: str = _setting(
+        "", _text, "path of the private key of secrets, which workers need; empty: `secret.key` in data_dir"
+    )
     log_format: str = _setting("text", _one_of("text", "json"), "how workers log")
     origins: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -198,6 +201,11 @@ class Settings:
     def origin(self, name: str) -> str:
         """Where a value came from."""
         return self.origins.get(name, "default")
+
+    @property
+    def key_file(self) -> Path:
+        """Where the private key of secrets is, or would be."""
+        return Path(self.secret_key_file).expanduser() if self.secret_key_file else self.data_dir / "secret.key"
 
     @property
     def safe_url(self) -> str:

@@ -40,6 +40,7 @@ from mesh.frames import (
     Stop,
     Waiting,
 )
+from mesh.mask import Mask
 from mesh.memory import MIB, MemoryWatch
 from mesh.nursery import Nursery, Process
 from mesh.pipes import Pipes
@@ -120,6 +121,7 @@ class Container:
     Attributes:
         ready: the user's code is imported. stopping: it gets no more inputs. max_inputs: runs at once.
         idle_since: monotonic time since when it has nothing to do. served: inputs it has finished.
+        mask: hides the secrets it was started with.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class Container:
         max_inputs: int = 1,
     ) -> None:
         self.name = name
+        self.mask = Mask()
         self.started = time.monotonic()
         self.ready = False
         self.stopping = False
@@ -162,17 +165,25 @@ class Container:
     # --- starting ----------------------------------------------------------------------------------------------------
 
     async def start(
-        self, start: Start, variables: Mapping[str, str], limit: float, memory: int | None, folder: Path | None = None
+        self,
+        start: Start,
+        variables: Mapping[str, str],
+        limit: float,
+        memory: int | None,
+        folder: Path | None = None,
+        secrets: Mapping[str, str] | None = None,
     ) -> None:
         """Start the process. It is told what to be at once; `on_ready` follows, or `on_exit`.
 
         Args:
+            secrets: variables that nobody else may see: they go to the container alone, over its own socket.
             limit: seconds until it must be ready. memory: MiB that it and what it starts may use; `None`: no limit.
             folder: where the directory is made that it works in; `None`: where the system has temporary files.
         """
         self._loop = asyncio.get_running_loop()
         self._scratch = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=folder))
         self._memory = memory
+        self.mask = Mask((secrets or {}).values())
         own = {**variables, **self._nursery.mark, "MESH_TASK_ID": self.name}
         conversation, passed = self._open()
         try:
@@ -190,7 +201,13 @@ class Container:
             self._process.kill()
         self._watch.enter(self.pid, None if memory is None else memory * MIB, self._on_memory_exceeded)
         await self._loop.create_unix_connection(lambda: _Conversation(self), sock=conversation)
-        self._send(Home(f"mesh container {self.name} {start.app}.{start.function}", str(self._scratch), own))
+        self._send(
+            Home(
+                f"mesh container {self.name} {start.app}.{start.function}",
+                str(self._scratch),
+                {**own, **(secrets or {})},
+            )
+        )
         self._send(start)
         self._was_told = True
         if self.stopping:

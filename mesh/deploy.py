@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import mesh
-from mesh import serialization
+from mesh import serialization, vault
 from mesh.bundle import Bundle, collect
 from mesh.exception import ConflictError, InvalidError, NotFoundError, RemoteError, SerializationError
 from mesh.protocol import PoolKey, Result, State, failure
@@ -280,6 +280,8 @@ async def deploy(
     records = [record for record, _ in described]
     async with translated(f"deploying {name}"):
         await broker.ensure()
+        distinct = {(s.name, s.required, s.digest): s for record in records for s in record.spec.secrets}
+        await vault.ship(broker, distinct.values())
         previous, sequence = await broker.registry.head(app)
         live = {record.spec.name: record.version for record in records}
         if previous is not None:

@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mesh.exception import DeprecationError
+from mesh.exception import DeprecationError, InvalidError
 from mesh.labels import parse_gpu
+from mesh.secret import Secret
+from mesh.secretref import SecretRef
 from mesh.spec import DAY, Retries, check_number, check_whole, parse_retries
 
 _warned: set[str] = set()
@@ -38,7 +40,7 @@ _RENAMED_OPTIONS = {
 }
 
 _SPEC_OPTIONS = (
-    *("timeout", "startup_timeout", "retries", "cpu", "memory", "gpu", "labels", "env"),
+    *("timeout", "startup_timeout", "retries", "cpu", "memory", "gpu", "labels", "env", "secrets"),
     *("min_containers", "max_containers", "buffer_containers", "scaledown_window", "single_use_containers"),
     *("recycle_memory", "result_ttl", "keep_result", "detach"),
 )
@@ -94,12 +96,21 @@ def _variables(value: Mapping[str, str | None] | None) -> dict[str, str] | None:
     return None if value is None else {key: text for key, text in value.items() if text is not None}
 
 
+def _secrets(value: Any) -> tuple[SecretRef, ...] | None:
+    given: list[Any] = [value] if isinstance(value, Secret) else list(value or ())
+    for secret in given:
+        if not isinstance(secret, Secret):
+            raise InvalidError(f"secrets must be a list of mesh.Secret, and {secret!r} is none")
+    return tuple(secret.ref for secret in given) or None
+
+
 _READERS: dict[str, Callable[[Any], Any]] = {
     "retries": parse_retries,
     "gpu": parse_gpu,
     "cpu": _limit,
     "memory": _limit,
     "env": _variables,
+    "secrets": _secrets,
 }
 
 

@@ -29,6 +29,7 @@ from mesh.scaling import Scaling
 from mesh.settle import Held
 from mesh.spec import FunctionSpec
 from mesh.variant import Variant
+from mesh.vault import NotHere
 
 if TYPE_CHECKING:
     from mesh.worker import Worker
@@ -72,6 +73,7 @@ class Pool:
         self._backoff = 0.0
         self._retry_at = 0.0
         self.start_error = ""
+        self._why_resting = ""
         self._feeding = False
         self._set_spec()
 
@@ -118,7 +120,7 @@ class Pool:
     def trouble(self) -> str:
         """Why inputs of this function are not run here; empty where they are."""
         return self.unfit or (
-            f"its code does not start: {self.start_error}" if self.start_error and self.is_stuck() else ""
+            f"{self._why_resting}: {self.start_error}" if self.start_error and self.is_stuck() else ""
         )
 
     def _resting(self) -> bool:
@@ -392,13 +394,15 @@ class Pool:
                 result_limit=self._worker.broker.connection.inline_limit - _RESULT_HEADERS,
                 max_inputs=container.max_inputs,
             )
-            variables = self._worker.container_variables(spec.env)
+            variables, secrets = self._worker.container_variables(spec.env), await self._worker.secrets(spec)
             if container.stopping:  # asked to while its code was being fetched
                 self._drop(container)
                 return
-            await container.start(start, variables, spec.start_limit, spec.memory, self._worker.scratch.path)
+            folder = self._worker.scratch.path
+            await container.start(start, variables, spec.start_limit, spec.memory, folder, secrets)
         except (Error, OSError) as error:
-            self.on_start_failed(container, failure(type(error), str(error)), for_good=False)
+            if self._versions[container] == self.record.version:
+                self._start_failed(failure(type(error), str(error)), here=isinstance(error, NotHere))
             self._drop(container)
             self.feed()
 
@@ -409,23 +413,27 @@ class Pool:
         self.share.ended(container)
         self._worker.capacity.changed()
 
-    def _start_failed(self, failed: Failure) -> None:
+    def _start_failed(self, failed: Failure, *, here: bool = False) -> None:
         """The code cannot be started: rest for a while, longer each time, instead of burning the queue.
 
         Its inputs wait in the queue meanwhile, where other workers, or this one with newer code, find them at once.
+
+        Args:
+            here: it is not the code's fault, but what it needs is not here.
         """
-        self.start_error = failed.summary
-        if self.key.app.startswith("ap-"):
+        self.start_error = failed.text if here else failed.summary
+        self._why_resting = f"{self.key} waits" if here else "its code does not start"
+        if self.key.app.startswith("ap-") and not here:
             # The client of a single run waits, and nobody will deploy something better: its inputs fail.
             self._refuse_waiting(failed)
             return
         if not self._resting():  # containers that were started together fail together, and count once
             self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
             self._retry_at = time.monotonic() + self._backoff
-            logger.warning("%s does not start, trying again in %g s: %s", self.key, self._backoff, failed.summary)
+            logger.warning("%s does not start, trying again in %g s: %s", self.key, self._backoff, self.start_error)
             self._worker.wake_at(self._retry_at, self)
         while self.intake.waiting and self.is_stuck():
-            self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.NOT_STARTED, text=failed.summary))
+            self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.NOT_STARTED, text=self.start_error))
 
     def _refuse_waiting(self, why: Failure) -> None:
         while self.intake.waiting:
@@ -454,6 +462,7 @@ class Pool:
     def on_start_failed(self, container: Container, failure: Failure, *, for_good: bool) -> None:
         if self._versions[container] != self.record.version:
             return  # that older code did not start says nothing
+        failure = container.mask.failure(failure)
         if for_good:
             self._never_starts = self.refusal = failure
             self._refuse_waiting(failure)
@@ -462,7 +471,7 @@ class Pool:
 
     def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None:
         self.scaling.autoscaler.ran(time.monotonic() - assignment.began)
-        self.settle(assignment.owner, execution.of_outcome(assignment, outcome))
+        self.settle(assignment.owner, container.mask.execution(execution.of_outcome(assignment, outcome)))
         self.scaling.on_outcome(container)
         if not container.load:
             self._worker.capacity.on_idle(self, container)
@@ -480,7 +489,8 @@ class Pool:
         self.feed()
 
     def on_output(self, container: Container, assignment: Assignment | None, stream: int, text: str) -> None:
-        self._worker.on_output(self.key, container, assignment.owner if assignment else None, stream, text)
+        held = assignment.owner if assignment else None
+        self._worker.on_output(self.key, container, held, stream, container.mask(text))
 
     def on_waiting(self, container: Container) -> None:
         self._worker.capacity.changed()

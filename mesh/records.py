@@ -195,6 +195,29 @@ class AutoscalerRecord:
             return cls(options=dict(fields["autoscaler"]))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecretRecord:
+    """A secret: its variables, each sealed by itself, so that one can be replaced by who cannot read the others.
+
+    Attributes:
+        name: empty for one that came with source. sealed: by variable. public: the key it is sealed to.
+    """
+
+    name: str
+    sealed: Mapping[str, str]
+    public: str
+    made_at: float = 0.0
+    made_by: str = ""
+
+    def encode(self) -> bytes:
+        return _dump(asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> SecretRecord:
+        with _reading(data, "the secret's record") as fields:
+            return cls(**_known(cls, fields))
+
+
 class AppState(StrEnum):
     DEPLOYED = "deployed"
     EPHEMERAL = "ephemeral"  # of one `mesh run` or `app.run()`; gone soon after it ends

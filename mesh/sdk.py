@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from mesh import context, serialization
@@ -30,6 +30,7 @@ from mesh.protocol import (
     method_of,
     new_call_id,
 )
+from mesh.secret import Secret
 from mesh.spec import FunctionSpec, Retries, check_name
 from mesh.target import Elsewhere, Home, Target, lookup_failed, target_of
 from mesh.variant import Variant
@@ -114,7 +115,7 @@ class Function(Generic[P, R]):
         return self
 
     async def _lookup(self, *, anew: bool = False) -> tuple[Broker, Target]:
-        from mesh import client
+        from mesh import client, vault
 
         app = self._home.wire_name()
         if app is None:
@@ -126,6 +127,8 @@ class Function(Generic[P, R]):
         broker = await client.broker(self._environment_name())
         target = await self._find_target(broker, app, anew)
         if target.pool != SHARED_POOL:
+            if target.variant.secrets and not broker.pools.is_registered(target.pool_key):
+                await vault.ship(broker, target.variant.secrets)
             await broker.pools.register(target.registration(broker.client))
         return broker, target
 
@@ -399,7 +402,7 @@ class Function(Generic[P, R]):
         memory: int | tuple[int, int] | None = None,
         gpu: object = None,
         env: Mapping[str, str | None] | None = None,
-        secrets: object = None,
+        secrets: Sequence[Secret] | None = None,
         volumes: object = None,
         retries: int | Retries | None = None,
         max_containers: int | None = None,
@@ -418,15 +421,15 @@ class Function(Generic[P, R]):
 
         Its calls have containers, and a `max_containers`, of their own, which they share with all that are made with
         the same options, by whomever; `min_containers` is not for them. What is not given stays as it is; options of
-        several calls add up, and `env` and `labels` replace. `result_ttl`, `keep_result` and `detach` shape the calls
-        alone, which then go to the same containers.
+        several calls add up, and `env`, `labels` and `secrets` replace. `result_ttl`, `keep_result` and `detach` shape
+        the calls alone, which then go to the same containers.
 
         Raises:
             InvalidError: an option out of its range; on a method, whose class has the options.
         """
         options = locals()
-        if secrets or volumes:
-            raise UnimplementedError("with_options(secrets=…, volumes=…) is not built yet")
+        if volumes:
+            raise UnimplementedError("with_options(volumes=…) is not built yet")
         return self._with("with_options", read_variant_options(options))
 
     def with_concurrency(self, *, max_inputs: int, target_inputs: int | None = None) -> Function[P, R]:

@@ -18,6 +18,7 @@ from typing import Any
 from mesh.exception import InvalidError
 from mesh.labels import check_labels, parse_gpu
 from mesh.parameters import Parameter
+from mesh.secretref import SecretRef, check_env
 
 DAY = 86_400.0
 MAX_RESULT_AGE = 7 * DAY  # how long Modal keeps the result of a spawn; the default of an environment here
@@ -317,7 +318,8 @@ class FunctionSpec:
         result_ttl: seconds the result is kept, at most the environment's own; `None` means that.
         keep_result: `False` stores a success without its value, for an hour.
         detach: a `remote` goes on when its client dies.
-        env: variables set in the container.
+        env: variables set in the container. secrets: where others come from; of two with one name the later counts, and
+            `env` last.
         methods: of a class, by name; `None` for a function. parameters: of a class that declares any, or nothing to
             construct it with; `None` for one with an `__init__` of its own, and for a function.
     """
@@ -348,6 +350,7 @@ class FunctionSpec:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     methods: Mapping[str, MethodSpec] | None = None
     parameters: Mapping[str, Parameter] | None = None
+    secrets: tuple[SecretRef, ...] = ()
 
     def __post_init__(self) -> None:
         check_name("function", self.name)
@@ -438,7 +441,7 @@ class FunctionSpec:
             value = getattr(self, field.name)
             default = {} if field.name in ("env", "labels") else field.default
             if value != default:
-                values[field.name] = _to_json(field.name, value)
+                values[field.name] = option_to_json(field.name, value)
         return values
 
     @classmethod
@@ -449,6 +452,8 @@ class FunctionSpec:
         if options.get("retries") is not None:
             retries = options["retries"]
             options["retries"] = Retries(**{name: retries[name] for name in Retries.__slots__ if name in retries})
+        if "secrets" in options:
+            options["secrets"] = tuple(SecretRef.from_json(secret) for secret in options["secrets"])
         for name, kind in _PARTS.items():
             if options.get(name) is not None:
                 options[name] = {key: kind.from_json(part) for key, part in options[name].items()}
@@ -458,21 +463,10 @@ class FunctionSpec:
 _PARTS: dict[str, type[MethodSpec] | type[Parameter]] = {"methods": MethodSpec, "parameters": Parameter}
 
 
-def _to_json(option: str, value: Any) -> Any:
+def option_to_json(option: str, value: Any) -> Any:
+    """An option of a spec as records have it."""
+    if option == "secrets":
+        return [secret.to_json() for secret in value]
     if option in _PARTS:
         return {name: part.to_json() for name, part in value.items()}
     return value.to_json() if isinstance(value, Retries) else value
-
-
-_ENV_KEY = re.compile(r"[A-Za-z_]\w*")
-
-
-def check_env(env: Mapping[Any, Any]) -> None:
-    """Refuse what cannot be an environment variable. Limits are Modal's: names of 16,384, values of 32,768."""
-    for key, value in env.items():
-        if not isinstance(key, str) or not _ENV_KEY.fullmatch(key) or len(key) > 16_384:
-            raise InvalidError(f"env: {key!r} is no variable name; letters, digits and underscore, no digit first")
-        if not isinstance(value, str):
-            raise InvalidError(f"env: the value of {key} must be a string, not {type(value).__name__}")
-        if len(value) > 32_768 or "\0" in value:
-            raise InvalidError(f"env: the value of {key} must be at most 32,768 characters, without a zero byte")

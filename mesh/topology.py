@@ -198,6 +198,10 @@ class Topology:
             return None
         return PoolKey(unescape(tokens[0]), unescape(tokens[1]), tokens[2])
 
+    def secret_key(self, name: str, digest: str = "") -> str:
+        """A secret in `mesh_secrets`: by its name, or, where it came with source and has none, by its digest."""
+        return f"named.{escape(name)}" if name else f"own.{digest}"
+
     def head_key(self, app: str) -> str:
         return escape(app)
 
@@ -261,6 +265,7 @@ class Topology:
         yield self._bucket("slots", limits, allow_msg_ttl=True)
         yield self._bucket("apps", limits, allow_msg_ttl=True)
         yield self._bucket("clients", limits, allow_msg_ttl=True)
+        yield self._bucket("secrets", limits)
         yield self._bucket("meta", limits)
 
     def _calls(self, limits: Limits) -> Config:

@@ -79,10 +79,6 @@ class Sandbox(metaclass=_Unbuilt):
     """Only Modal's cloud has it."""
 
 
-class Secret(metaclass=_Unbuilt):
-    """Not built yet."""
-
-
 class Tunnel(metaclass=_Unbuilt):
     """Only Modal's cloud has it."""
 

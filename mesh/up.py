@@ -19,7 +19,8 @@ import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-from mesh import background
+from mesh import background, vault
+from mesh.broker import Broker
 from mesh.config import Settings, note_running
 from mesh.exception import InvalidError, ServiceError
 from mesh.processes import end_with_parent
@@ -120,10 +121,21 @@ async def _serve(
     worker = Worker(settings, on_output=on_output)
     keeping = asyncio.create_task(_keep_running(running, settings, store, listen))
     try:
+        await establish_key(settings)
         return await worker.run(lambda: on_ready(server, worker))
     finally:
         keeping.cancel()
         await asyncio.to_thread(running[0].stop)
+
+
+async def establish_key(settings: Settings) -> bool:
+    """Make the environment, with a key for its secrets, where there is none. Returns whether a key file was made."""
+    broker = await Broker.open(settings, role="init")
+    try:
+        await broker.ensure()
+        return await vault.establish(broker, settings.key_file)
+    finally:
+        await broker.close()
 
 
 async def _keep_running(running: list[NatsServer], settings: Settings, store: Path, listen: str) -> None:
@@ -152,6 +164,7 @@ def for_one_run(settings: Settings) -> Generator[Settings]:
         server = start_server(settings, store)
         local = dataclasses.replace(settings, nats_url=server.url, container_url=server.container_url)
         try:
+            background.run(establish_key(local))
             with worker_process(local):
                 yield local
         finally:
@@ -169,6 +182,7 @@ def worker_process(settings: Settings, *arguments: str) -> Generator[subprocess.
         "MESH_ENVIRONMENT": settings.environment,
         "MESH_CACHE_DIR": str(settings.cache_dir),
         "MESH_CONTAINERS": str(settings.containers),
+        "MESH_SECRET_KEY_FILE": str(settings.key_file),
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "mesh", "worker", "--quiet", "--ready-fd", str(theirs.fileno()), *arguments],

@@ -15,7 +15,8 @@ import msgpack
 
 from mesh.parameters import Construction, bind
 from mesh.protocol import SHARED_POOL
-from mesh.spec import FunctionSpec, Retries
+from mesh.secretref import SecretRef
+from mesh.spec import FunctionSpec, option_to_json
 
 CALL_OPTIONS = ("result_ttl", "keep_result", "detach")  # shape a call alone, not the containers that run it
 _NAME_LENGTH = 10  # hex digits of a pool's name
@@ -63,6 +64,12 @@ class Variant:
         return dataclasses.replace(spec, **{"min_containers": 0, **self.options})
 
     @property
+    def secrets(self) -> tuple[SecretRef, ...]:
+        """Those set anew."""
+        secrets: tuple[SecretRef, ...] = self.options.get("secrets", ())
+        return secrets
+
+    @property
     def pool(self) -> str:
         """The pool's name: `_`, or ten hex digits."""
         options = {name: value for name, value in self.options.items() if name not in CALL_OPTIONS}
@@ -85,7 +92,7 @@ class Variant:
 
 
 def _options_to_json(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.to_json() if isinstance(value, Retries) else value for name, value in options.items()}
+    return {name: option_to_json(name, value) for name, value in options.items()}
 
 
 def _sorted(value: Any) -> Any:

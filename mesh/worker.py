@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import IntEnum
 
 from mesh import container as containers
-from mesh import machine
+from mesh import machine, vault
 from mesh.background import Background
 from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered, translated
 from mesh.broker.leases import Pace
@@ -43,6 +43,7 @@ from mesh.protocol import CancelRequest, PoolKey
 from mesh.scratch import Scratch
 from mesh.settle import Held, Settler
 from mesh.slots import Slots
+from mesh.spec import FunctionSpec
 from mesh.sweep import Sweeper
 from mesh.upkeep import Upkeep
 from mesh.watch import Watch
@@ -447,6 +448,15 @@ class Worker:
             "MESH_STATE_DIR": os.devnull,
         }
         return containers.environment(own, about)
+
+    async def secrets(self, spec: FunctionSpec) -> dict[str, str]:
+        """The variables of a function's secrets, but those that its `env=` has.
+
+        Raises:
+            NotHere: one is missing, or cannot be read here.
+        """
+        values = await vault.values_of(self.broker, spec.secrets, self.settings.key_file, self.name)
+        return {variable: value for variable, value in values.items() if variable not in spec.env}
 
     def _container_url(self) -> str:
         """Never the worker's own credentials. Where there are none, it is the same address."""

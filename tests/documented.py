@@ -65,6 +65,8 @@ EXPECTED = {
     "nats kv get mesh_functions shop --raw": '"state":"deployed"',
     "nats kv get mesh_functions shop.send_invoice --raw": '"name":"send_invoice"',
     "nats kv history mesh_functions shop": "shop",
+    "nats kv ls mesh_secrets": "named.pay",
+    "nats kv get mesh_meta secret_key --raw": "{public}",
     "nats kv get mesh_results {done}.0 --raw": '{{"sent":7}}',
     "nats stream get KV_mesh_results -S '$KV.mesh_results.{done}.0'": "Mesh-Function: shop.send_invoice",
     "nats kv ls mesh_workers": "{worker}",
@@ -89,11 +91,15 @@ class Facts:
     retrying: str
     new: str
     pool: str
+    public: str
 
     @classmethod
     def make(cls, mesh: Mesh) -> Facts:
         """A call in each state."""
         mesh.deploy(SHOP)
+        mesh.cli("init")
+        mesh.cli("secret", "create", "pay", "TOKEN=tok-1")
+        public, _ = mesh.ask(lambda broker: broker.secrets.public_key())
         log = mesh.start_worker().log
         send, refuse = Function.from_name("shop", "send_invoice"), Function.from_name("shop", "refuse")
         done, failed, retrying = send.spawn(7), refuse.spawn(1), send.spawn(0)
@@ -108,7 +114,7 @@ class Facts:
         until(lambda: mesh.ask(lambda broker: broker.connection.get(broker.topology.dead, _letter(broker, failed))))
         mesh.ask(lambda broker: Bucket(broker.connection, broker.topology, "clients").put("24XNHWD3", b"web-1/4711"))
         new, pool = new_call_id(new_client_token()), pools[0].pool
-        return cls(worker[1], done.object_id, failed.object_id, retrying.object_id, new, pool)
+        return cls(worker[1], done.object_id, failed.object_id, retrying.object_id, new, pool, public)
 
 
 def _letter(broker: object, call: object) -> str:

@@ -299,8 +299,8 @@ def test_where_settings_come_from(own_mesh: Callable[..., Mesh]) -> None:
     assert shown["containers"] == {"value": "3", "origin": str(mesh.directory / "mesh.toml")}
     assert shown["grace"] == {"value": "7.0", "origin": "MESH_GRACE"}
     assert shown["submit_timeout"]["origin"] == "default"
-    hidden = mesh.cli("config", "show", "--url", "nats://me:secret@host:1").stdout
-    assert "secret" not in hidden
+    hidden = mesh.cli("config", "show", "--url", "nats://me:opensesame@host:1").stdout
+    assert "opensesame" not in hidden
     wrong = mesh.cli("config", "show", MESH_GRACE="soon", check=False)
     assert wrong.returncode == 2
     assert "grace = 'soon' (MESH_GRACE): could not convert" in wrong.stderr

@@ -163,8 +163,7 @@ def test_preemption_comes_as_an_interrupt() -> None:
 # --- what is not built yet -------------------------------------------------------------------------------------------
 
 CLASSES = words("""
-    Client CloudBucketMount Dict Environment NetworkFileSystem Proxy Queue Sandbox Secret Tunnel Volume Workspace
-    billing
+    Client CloudBucketMount Dict Environment NetworkFileSystem Proxy Queue Sandbox Tunnel Volume Workspace billing
 """)
 FUNCTIONS = words("""
     asgi_app fastapi_endpoint forward web_server wsgi_app
@@ -195,10 +194,10 @@ def test_a_decorator_that_modal_dropped_names_the_new_one() -> None:
 
 
 def test_an_unbuilt_class_can_still_be_used_as_a_type() -> None:
-    assert not isinstance(5, mesh.Secret)
-    assert mesh.Secret.__name__ == "Secret"
+    assert not isinstance(5, mesh.Volume)
+    assert mesh.Volume.__name__ == "Volume"
     with pytest.raises(AttributeError):
-        _ = mesh.Secret.__wrapped__  # what inspect and mock look for
+        _ = mesh.Volume.__wrapped__  # what inspect and mock look for
 
 
 def test_an_image_can_be_described_as_for_modal() -> None:

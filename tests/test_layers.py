@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top. A module imports what stands below it, or before it on its own level.
 LEVELS = [
-    "exception labels parameters spec decorators config background processes scratch unbuilt",  # values
-    "protocol variant flow frames records serialization bundle judge",  # bytes, on the wire and stored
+    "exception labels parameters secretref spec decorators config background processes scratch unbuilt",  # values
+    "protocol variant flow frames records serialization bundle judge mask sealing",  # bytes, on the wire and stored
     "topology broker",  # JetStream: as data, and for real
-    "_sync context client status stats",  # what callers and containers share
+    "_sync context client status stats vault",  # what callers and containers share
     "settle cancel behind dead",  # how calls end, and are sent again
-    "options target call map reading sdk functions queue cls report deploy apprun app",  # what users hold
+    "secret options target call map reading sdk functions queue cls report deploy apprun app",  # what users hold
     "wire generating output usercode interrupts answers serving executor zygote",  # containers, from inside
     "memory machine placement runs pipes nursery container execution",  # and from outside
     "capacity autoscaler scaling codecache",  # how many, and what they run
@@ -170,9 +170,10 @@ def test_only_settings_read_the_environment() -> None:
             for n in ast.walk(tree_of(path.read_text()))
         )
     }
-    assert reading == {"config", "container", "up", "zygote"}, (
+    assert reading == {"config", "container", "up", "zygote", "secret"}, (
         "a setting that another module reads has no origin that `mesh config show` could tell; "
-        "container and up only pass variables on to the processes they start, and zygote gives containers theirs"
+        "container and up only pass variables on to the processes they start, and zygote gives containers theirs; "
+        "secret takes what its user names"
     )
 
 

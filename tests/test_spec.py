@@ -340,6 +340,7 @@ def test_a_function_has_modals_defaults() -> None:
         "labels": {},
         "methods": None,
         "parameters": None,
+        "secrets": (),
     }
 
 

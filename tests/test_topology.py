@@ -218,6 +218,7 @@ STREAMS = [
     "KV_mesh_slots",
     "KV_mesh_apps",
     "KV_mesh_clients",
+    "KV_mesh_secrets",
     "KV_mesh_meta",
 ]
 

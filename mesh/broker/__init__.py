@@ -34,6 +34,7 @@ from mesh.broker.leases import Lease, Puller
 from mesh.broker.pools import Pools
 from mesh.broker.registry import Registry
 from mesh.broker.results import Results
+from mesh.broker.secrets import Secrets
 from mesh.broker.slots import Slots
 from mesh.config import Settings
 from mesh.exception import NotFoundError
@@ -69,6 +70,7 @@ class Broker:
         self.dead = Dead(connection, topology)
         self.registry = Registry(connection, topology)
         self.pools = Pools(connection, topology)
+        self.secrets = Secrets(connection, topology)
         self.autoscalers = Autoscalers(connection, topology)
         self.consumers = Consumers(connection, topology)
         self.workers = Workers(connection, topology)

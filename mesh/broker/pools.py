@@ -28,13 +28,17 @@ class Pools:
 
     async def register(self, record: PoolRecord) -> None:
         """Say what a pool is, before the first call of this client to it, and again now and then."""
-        said = self._registered.get(record.key)
-        if said is not None and time.monotonic() - said < _RENEWED:
+        if self.is_registered(record.key):
             return
         began = time.monotonic()
         async with translated(f"registering pool {record.key}"):
             await self._bucket.put(self._topology.pool_key(record.key), record.encode())
         self._registered[record.key] = began
+
+    def is_registered(self, pool: PoolKey) -> bool:
+        """Whether this client has said so lately."""
+        said = self._registered.get(pool)
+        return said is not None and time.monotonic() - said < _RENEWED
 
     async def all(self, filter: str = ">") -> list[PoolRecord]:
         """Every pool, or those of an app (`app.*.*`). What cannot be read is left out."""

@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 
 import mesh
-from mesh.cli import apps, calls, check, configuration, dead, run, workers
+from mesh.cli import apps, calls, check, configuration, dead, run, secrets, workers
 from mesh.cli.render import ExitCode, exit_code, say_error
 from mesh.exception import Error, NotReadyError, ServerWarning
 
@@ -27,6 +27,7 @@ check.register(app)
 app.add_typer(apps.app, name="app")
 app.add_typer(calls.app, name="call")
 app.add_typer(dead.app, name="dead")
+app.add_typer(secrets.app, name="secret")
 app.add_typer(configuration.app, name="config")
 
 

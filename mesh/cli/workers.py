@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mesh import background
+from mesh import background, vault
 from mesh.broker import Broker, translated
 from mesh.cli.log import output_shown, set_up_logging
 from mesh.cli.options import Env, Json, Url, with_broker
@@ -143,17 +143,23 @@ def _troubles(worker: WorkerRecord) -> str:
 
 
 def _init(env: Env = None, url: Url = None, json: Json = False) -> None:
-    """Create what is missing of an environment on a server: its streams and buckets.
+    """Create what is missing of an environment on a server: its streams and buckets, and a key for its secrets.
 
-    `mesh up`, `worker` and `deploy` do this, too; do it by itself to choose sizes and times (`mesh config show`).
+    `mesh up` does this, too, and `worker` and `deploy` all but the key; do it by itself to choose sizes and times
+    (`mesh config show`).
     """
-    made = with_broker(env, url, lambda broker: broker.ensure())
+
+    async def make(broker: Broker) -> tuple[list[str], str]:
+        made, key_file = await broker.ensure(), broker.settings.key_file
+        return made, str(key_file) if await vault.establish(broker, key_file) else ""
+
+    made, key_file = with_broker(env, url, make)
     if json:
-        print_json({"created": made})
-    elif made:
-        say(f"created {', '.join(made)}")
-    else:
-        say("everything is there already")
+        print_json({"created": made, "key_file": key_file})
+        return
+    say(f"created {', '.join(made)}" if made else "everything is there already")
+    if key_file:
+        say(f"made the key of its secrets, [bold]{key_file}[/]: keep a copy, and give one to every other worker")
 
 
 def register(root: typer.Typer) -> None:
