@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +58,7 @@ SHOW = """
 def keyed(own_mesh: Callable[..., Mesh]) -> Mesh:
     """An environment with a key, and a secret; no worker yet."""
     mesh = own_mesh()
-    mesh.cli("init")
+    assert mesh.ask(lambda broker: vault.establish(broker, key_file(mesh)))
     m.Secret.objects.create("pay", {"TOKEN": TOKEN, "USER_ID": "u-1"})
     return mesh
 
@@ -150,9 +152,32 @@ def test_a_missing_secret_is_said_at_deploy(keyed: Mesh) -> None:
 
 
 def test_an_environment_without_a_key_says_how_to_make_one(own_mesh: Callable[..., Mesh]) -> None:
-    own_mesh()
+    mesh = own_mesh()
     with pytest.raises(NotFoundError, match="has no key to seal secrets to: run `mesh init"):
         m.Secret.objects.create("pay", {"TOKEN": TOKEN})
+    assert json.loads(mesh.cli("init", "--json").stdout)["key_file"] == str(key_file(mesh))
+    m.Secret.objects.create("pay", {"TOKEN": TOKEN})
+
+
+def test_a_single_run_that_brings_its_own_server_has_a_key(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    path = mesh.write("""
+        import os
+        import mesh
+
+        app = mesh.App("shop", secrets=[mesh.Secret.from_dict({"TOKEN": "own-run-1"})])
+
+        @app.function()
+        def show():
+            print(os.environ["TOKEN"], os.environ["TOKEN"][::-1])
+    """)
+    alone = {name: value for name, value in mesh.variables.items() if name != "MESH_NATS_URL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mesh", "run", "-q", str(path)],
+        env=alone, cwd=mesh.directory, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "*** 1-nur-nwo\n", done.stderr
+    assert stat.S_IMODE(key_file(mesh).stat().st_mode) == 0o600
 
 
 def test_a_call_waits_where_the_worker_has_no_key(keyed: Mesh) -> None:
@@ -165,6 +190,9 @@ def test_a_call_waits_where_the_worker_has_no_key(keyed: Mesh) -> None:
 
     until(lambda: "cannot read any: there is no key file" in reason(), what="the reason")
     assert app.plain.remote(), "other functions run"
+    with app.app.run():
+        once = app.show.spawn("TOKEN")
+        until(lambda: "cannot read any" in (once.status().waiting_for or ""), what="the reason, of a single run")
     keyed.start_worker()
     assert call.get(timeout=60) == {"TOKEN": TOKEN}
 
