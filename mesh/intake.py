@@ -137,15 +137,16 @@ class Intake:
             else:
                 self._accept(held)
 
-    def next_run(self) -> list[Held] | None:
-        """Take the inputs of the next run: one, or a batch. `None` where a batch is not full yet, and may still wait.
+    def next_run(self, most: float) -> list[Held] | None:
+        """Take the inputs of the next run: one, or a batch, but `most` of them at most. `None` where a batch is not
+        full yet, and may still wait.
 
         Empty where that they begin is to be written down first.
         """
         size = self._pool.spec.max_batch_size
         if size is not None and len(self.waiting) < size and not self._waited():
             return None
-        inputs = self._first_alike(size or 1)
+        inputs = self._first_alike(int(min(size or 1, most)))
         unmarked = [held for held in inputs if not held.marked]
         self._take(unmarked or inputs)
         for held in unmarked:

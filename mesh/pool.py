@@ -253,7 +253,7 @@ class Pool:
     def _assign(self) -> None:
         while self.intake.waiting:
             container = self._seat()
-            inputs = None if container is None else self.intake.next_run()
+            inputs = None if container is None else self.intake.next_run(self.scaling.uses_left(container))
             if container is None or inputs is None:
                 return
             if inputs:

@@ -275,6 +275,26 @@ def test_a_container_ends_after_so_many_inputs(own_mesh: Callable[..., Mesh]) ->
     assert sorted(names.count(name) for name in set(names)) == [3, 3, 3]
 
 
+def test_a_batch_takes_no_more_than_is_left_of_its_container(own_mesh: Callable[..., Mesh]) -> None:
+    mesh = own_mesh()
+    module = mesh.deploy(
+        """
+        import mesh, os
+        app = mesh.App("batches-of-uses")
+
+        @app.function(max_inputs=5, max_containers=1)
+        @mesh.batched(max_batch_size=3, wait_ms=10)
+        def f(xs):
+            return [(os.environ["MESH_TASK_ID"], len(xs)) for _ in xs]
+        """
+    )
+    mesh.start_worker()
+    runs = FunctionCall.gather(*(module.f.spawn(n) for n in range(30)))
+    names = [name for name, _ in runs]
+    assert max(names.count(name) for name in names) == 5
+    assert max(size for _, size in runs) == 3
+
+
 def test_its_replacement_is_there_before_it_has_ended(own_mesh: Callable[..., Mesh]) -> None:
     mesh = own_mesh()
     module = mesh.deploy(
