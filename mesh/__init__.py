@@ -35,14 +35,12 @@ from mesh.unbuilt import (
     Tunnel,
     Volume,
     Workspace,
-    asgi_app,
     billing,
-    fastapi_endpoint,
     forward,
     web_endpoint,
     web_server,
-    wsgi_app,
 )
+from mesh.web import asgi_app, fastapi_endpoint, wsgi_app
 
 __all__ = [
     "App",

@@ -20,6 +20,7 @@ from mesh.options import read_options
 from mesh.sdk import Function
 from mesh.secret import Secret
 from mesh.spec import Cron, FunctionSpec, Period, Retries, check_app_name
+from mesh.web import web_options
 
 if TYPE_CHECKING:
     from mesh.broker import Broker
@@ -159,7 +160,7 @@ class App:
     @property
     def registered_web_endpoints(self) -> list[str]:
         """Names of its web functions."""
-        return []
+        return [name for name, handle in self.registered_functions.items() if handle.spec.web is not None]
 
     @property
     def module(self) -> str:
@@ -284,7 +285,8 @@ class App:
             if schedule is not None and _needs_arguments(raw):
                 raise InvalidError(f"schedule: {own_name!r} has parameters without default, and a schedule passes none")
             generator = _yields(raw) if is_generator is None else is_generator
-            spec = FunctionSpec(name=own_name, is_generator=generator, **{**options, **function_options(raw)})
+            marked = {**web_options(raw), **function_options(raw)}
+            spec = FunctionSpec(name=own_name, is_generator=generator, **{**options, **marked})
             if unbuilt:
                 self._unbuilt[own_name] = unbuilt
             return self._register(Function(own_name, self, raw=raw, spec=spec), frame.f_globals["__name__"], serialized)
@@ -487,13 +489,13 @@ class App:
             if name in self._definitions:
                 raise UnimplementedError(f"function {name!r} uses {options}, which mesh does not have yet")
 
-    async def start_run(self, broker: Broker, name: str) -> str:
-        """Put the app on the wire for a single run; returns its name there. `AppRun` ends it."""
+    async def start_run(self, broker: Broker, name: str, wire: str = "") -> str:
+        """Put the app on the wire for a single run, or in the place of one (`wire`); returns its name there."""
         from mesh import deploy
         from mesh.records import AppState
 
         self._refuse_unbuilt()
-        wire = deploy.new_run_name()
+        wire = wire or deploy.new_run_name()
         await broker.ensure()
         await broker.runs.renew(wire, broker.client)
         await deploy.deploy(broker, self.definitions, self._module, app=wire, name=name, state=AppState.EPHEMERAL)

@@ -30,7 +30,9 @@ from mesh.frames import (
     Drop,
     Dropped,
     Ended,
+    Feed,
     Frame,
+    Gone,
     Home,
     Log,
     Outcome,
@@ -360,6 +362,16 @@ class Container:
         if self._runs.get(seq) is not None and not self.exited:
             self._send(Credit(seq, number))
 
+    def feed(self, seq: int, body: bytes) -> None:
+        """Give it the next bytes of what a request brings."""
+        if self._runs.get(seq) is not None and not self.exited:
+            self._send(Feed(seq, body))
+
+    def leave(self, seq: int) -> None:
+        """Tell it that nobody reads the answer to a request any more."""
+        if self._runs.get(seq) is not None and not self.exited:
+            self._send(Gone(seq))
+
     def take_back(self) -> None:
         """Ask for every input that has not begun; `on_dropped` brings those it gives up."""
         for assignment in self.assignments:
@@ -435,6 +447,8 @@ class Container:
                 self._listener.on_output(self, assignment, frame.stream, frame.text)
             case Chunk():
                 self._on_chunk(frame)
+            case Credit():
+                self._on_credit(frame)
             case Ready():
                 self.ready = True
                 self.idle_since = time.monotonic()
@@ -450,6 +464,11 @@ class Container:
         assignment = self._runs.get(chunk.seq)
         if assignment is not None and assignment.flow is not None:
             assignment.flow.send(chunk.body)
+
+    def _on_credit(self, credit: Credit) -> None:
+        assignment = self._runs.get(credit.seq)
+        if assignment is not None and assignment.allow is not None:
+            assignment.allow(credit.number)
 
     def _on_waiting(self, frame: Waiting) -> None:
         run, before = self._runs.run_of(frame.seq), self.waiting

@@ -61,13 +61,13 @@ def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable
     options = concurrency(max_inputs, target_inputs)
 
     def decorate(marked: T) -> T:
-        raw = _raw("concurrent", marked)
+        raw = marked_function("concurrent", marked)
         if not isinstance(raw, type) and _is_method(raw):
             raise InvalidError(
-                f"@mesh.concurrent() is on the method {_name(raw)!r}: put it on the class, below @app.cls(); it "
+                f"@mesh.concurrent() is on the method {name_of(raw)!r}: put it on the class, below @app.cls(); it "
                 "holds for all methods"
             )
-        _mark(raw, "concurrent", _CONCURRENT, options)
+        mark(raw, "concurrent", _CONCURRENT, options)
         return marked
 
     return decorate
@@ -93,15 +93,15 @@ def batched(*, max_batch_size: int, wait_ms: int) -> Callable[[T], T]:
     options = batching(max_batch_size, wait_ms)
 
     def decorate(marked: T) -> T:
-        raw = _raw("batched", marked)
+        raw = marked_function("batched", marked)
         _check_batched(raw)
-        _mark(raw, "batched", _BATCHED, options)
+        mark(raw, "batched", _BATCHED, options)
         return marked
 
     return decorate
 
 
-def _raw(decorator: str, marked: object) -> object:
+def marked_function(decorator: str, marked: object) -> object:
     """The function or class that a mark is for; of a method, what `@mesh.method()` was given."""
     raw = getattr(marked, "raw", marked)
     if not isinstance(raw, type) and not inspect.isroutine(raw):
@@ -117,16 +117,16 @@ def _check_batched(marked: object) -> None:
         raise InvalidError(f"@mesh.batched() is on the class {marked.__name__!r}: put it on the method to be batched")
     assert callable(marked)
     if inspect.isgeneratorfunction(marked) or inspect.isasyncgenfunction(marked):
-        raise InvalidError(f"{_name(marked)!r} is a generator, which cannot be batched: return a list")
+        raise InvalidError(f"{name_of(marked)!r} is a generator, which cannot be batched: return a list")
     for parameter in inspect.signature(marked).parameters.values():
         if parameter.default is not parameter.empty:
             raise InvalidError(
-                f"{_name(marked)!r} is batched, so its parameter {parameter.name!r} cannot have a default: it is given "
-                "the list of what the calls passed"
+                f"{name_of(marked)!r} is batched, so its parameter {parameter.name!r} cannot have a default: it is "
+                "given the list of what the calls passed"
             )
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise InvalidError(
-                f"{_name(marked)!r} is batched, so it cannot have the parameter '{parameter}': name each parameter"
+                f"{name_of(marked)!r} is batched, so it cannot have the parameter '{parameter}': name each parameter"
             )
 
 
@@ -135,14 +135,20 @@ def _is_method(marked: object) -> bool:
     return bool(owner) and not owner.endswith("<locals>")
 
 
-def _name(marked: object) -> str:
+def name_of(marked: object) -> str:
+    """What to call a function or class in an error."""
     return str(getattr(marked, "__qualname__", marked))
 
 
-def _mark(marked: object, decorator: str, mark: str, options: Mapping[str, Any]) -> None:
-    if mark in vars(marked):
-        raise InvalidError(f"@mesh.{decorator}() is on {_name(marked)!r} twice: keep one")
-    setattr(marked, mark, options)
+def mark(marked: object, decorator: str, name: str, value: object) -> None:
+    """Put a mark on what a decorator stands above.
+
+    Raises:
+        InvalidError: it is there already.
+    """
+    if name in vars(marked):
+        raise InvalidError(f"@mesh.{decorator}() is on {name_of(marked)!r} twice: keep one")
+    setattr(marked, name, value)
 
 
 # --- what reads the marks --------------------------------------------------------------------------------------------

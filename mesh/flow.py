@@ -48,9 +48,10 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Nothing more will come; there were so many chunks."""
+    """Nothing more will come; there were so many chunks. `word` says how it ended, where that is to be known."""
 
     count: int
+    word: bytes = b""
 
 
 Message = Chunk | Alive | End
@@ -62,7 +63,7 @@ def encode(message: Message) -> tuple[dict[str, str], bytes]:
     """A message as headers and body. It has no version: that of its call holds."""
     if isinstance(message, Chunk):
         return {_HEADERS[Chunk]: str(message.number)}, message.body
-    return {_HEADERS[type(message)]: str(message.count)}, b""
+    return {_HEADERS[type(message)]: str(message.count)}, message.word if isinstance(message, End) else b""
 
 
 def decode(headers: Mapping[str, str], body: bytes) -> Message:
@@ -74,7 +75,7 @@ def decode(headers: Mapping[str, str], body: bytes) -> Message:
     for kind, name in _HEADERS.items():
         number = headers.get(name, "")
         if number.isdecimal():
-            return Chunk(int(number), body) if kind is Chunk else kind(int(number))  # type: ignore[call-arg]
+            return Alive(int(number)) if kind is Alive else kind(int(number), body)  # type: ignore[call-arg]
     raise InvalidError(f"not a message of a flow: {dict(headers)}")
 
 
@@ -150,12 +151,13 @@ class Inflow:
     """Puts the messages of a flow together, and counts what the reader may grant.
 
     Attributes:
-        count: chunks that have come. ended: nothing more will come.
+        count: chunks that have come. ended: nothing more will come. word: what was said at the end.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.ended = False
+        self.word = b""
         self._unread: deque[bytes] = deque()
         self._granted = WINDOW
 
@@ -172,8 +174,8 @@ class Inflow:
             self._unread.append(message.body)
         elif message.count != self.count:
             raise InternalFailure(f"{message.count} chunks were sent, and {self.count} came: the others are lost")
-        else:
-            self.ended = self.ended or isinstance(message, End)
+        elif isinstance(message, End):
+            self.ended, self.word = True, message.word
 
     def pop(self) -> bytes | None:
         """The next chunk to read; `None` if there is none now."""

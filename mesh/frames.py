@@ -98,6 +98,7 @@ class Start:
     bundle: str  # directory of the unpacked source, or empty
     result_limit: int  # bytes a result may have
     max_inputs: int  # runs at once
+    web: bool = False  # it answers requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +120,25 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """The reader of a generator allows chunks up to this one."""
+    """The reader of a generator, or of an answer, allows chunks up to this one; from a container: of a request."""
 
     seq: int
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The next bytes of what a request brings after its beginning. They come as its container gives `Credit`."""
+
+    seq: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Whoever made this request reads no answer any more."""
+
+    seq: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +243,8 @@ Frame = (
     | Forked
     | NotForked
     | Ended
+    | Feed
+    | Gone
 )
 
 _KINDS: tuple[type[Any], ...] = (
@@ -249,6 +267,8 @@ _KINDS: tuple[type[Any], ...] = (
     Forked,
     NotForked,
     Ended,
+    Feed,
+    Gone,
 )
 
 

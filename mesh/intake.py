@@ -64,7 +64,7 @@ class Intake:
             self._worker.examiner.examine(held, self._on_examined)
         else:
             held.marked = not held.generates
-            self._accept(held)
+            self.accept(held)
 
     async def _quarantine(self, held: Held) -> None:
         """A message that is no input of anybody."""
@@ -88,9 +88,10 @@ class Intake:
         elif not held.generates and len(held.log.crashes(held.number)) >= self._worker.settings.crash_budget:
             self._pool.settle(held, Execution(kind=Kind.CRASHED))
         else:
-            self._accept(held)
+            self.accept(held)
 
-    def _accept(self, held: Held) -> None:
+    def accept(self, held: Held) -> None:
+        """An input that may run, if nothing speaks against it; else it ends here."""
         assert held.lease.input is not None
         deadline = held.lease.input.deadline
         if held.cancelled:
@@ -135,7 +136,7 @@ class Intake:
             if (why := self._why_impossible(held)) is not None:
                 self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=why))
             else:
-                self._accept(held)
+                self.accept(held)
 
     def next_run(self, most: float) -> list[Held] | None:
         """Take the inputs of the next run: one, or a batch, but `most` of them at most. `None` where a batch is not
@@ -179,7 +180,7 @@ class Intake:
         """Write down that an input begins, which was delivered before or is a generator's; then it may."""
         await self._worker.settler.mark_begun(held, self._worker.name)
         held.marked = True
-        self._accept(held)
+        self.accept(held)
 
     def put_back(self, held: Held) -> None:
         """An input that has not begun waits again, as the first; if it was not cancelled meanwhile."""

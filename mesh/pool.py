@@ -24,6 +24,7 @@ from mesh.judge import About, Execution, Kind, cancelled
 from mesh.placement import Size
 from mesh.protocol import CancelRequest, Failure, PoolKey, failure, method_of
 from mesh.records import FunctionRecord
+from mesh.request import Request
 from mesh.runs import Assignment, Flow, Run
 from mesh.scaling import Scaling
 from mesh.settle import Held
@@ -174,6 +175,7 @@ class Pool:
         except (TypeError, InvalidError) as error:  # set for what was deployed before
             logger.warning("%s: what update_autoscaler has set does not count: %s", self.key, error)
         self.unfit = placement.unfit(self.record, self.spec, self._worker.offer)
+        self._worker.door.attend(self)
 
     def set_bounds(self, options: Mapping[str, Any]) -> None:
         """Have other bounds of its containers from now on; they themselves stay."""
@@ -185,6 +187,7 @@ class Pool:
     def close(self, reason: str) -> None:
         """The app of a single run has ended: nothing of it runs on."""
         self.closed = True
+        self._worker.door.attend(self)
         self._worker.puller.forget(self.consumer)
         self._worker.slots.forget(self.share)
         while self.intake.waiting:
@@ -277,7 +280,8 @@ class Pool:
 
     def _read_ahead(self, container: Container) -> int:
         """Inputs a container may hold besides what it runs: where that is one, and short."""
-        alone = container.max_inputs == 1 and self.spec.max_batch_size is None and not self.spec.may_yield
+        answers = self.spec.may_yield or self.spec.web is not None  # as it goes on, to somebody who waits
+        alone = container.max_inputs == 1 and self.spec.max_batch_size is None and not answers
         return _READ_AHEAD if alone and self._short and container.running_for < _HOSTAGE else 0
 
     @property
@@ -295,7 +299,10 @@ class Pool:
             held.about = about
             report.began(held, self._worker.name, container.name, work.attempt)
             flow = self._flow(container, work) if work.generator else None
-            assignments.append(Assignment(work, held, self.spec.timeout, flow))
+            assignment = Assignment(work, held, self.spec.timeout, flow)
+            assignments.append(assignment)
+            if isinstance(held, Request):
+                held.give(container, assignment, self._worker.background)
         container.run(*assignments)
         if self.spec.single_use_containers:
             container.stop()
@@ -393,6 +400,7 @@ class Pool:
                 bundle=str(bundle) if bundle else "",
                 result_limit=self._worker.broker.connection.inline_limit - _RESULT_HEADERS,
                 max_inputs=container.max_inputs,
+                web=spec.web is not None,
             )
             variables, secrets = self._worker.container_variables(spec.env), await self._worker.secrets(spec)
             if container.stopping:  # asked to while its code was being fetched
@@ -511,6 +519,9 @@ class Pool:
     # --- inputs out --------------------------------------------------------------------------------------------------
 
     def settle(self, held: Held, execution: Execution) -> None:
+        if isinstance(held, Request):
+            held.end(execution)
+            return
         self._worker.background.spawn(self._settled(held, execution))
 
     async def _settled(self, held: Held, execution: Execution) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,7 +24,8 @@ class Assignment:
     """An input given to a container. `owner` is whatever the pool knows it by.
 
     Attributes:
-        flow: where its items go, if it is a generator's.
+        flow: where its items go, if it is a generator's, or a request's answer.
+        allow: called with what the container allows of what a request brings; as `flow.grant`.
         began: monotonic time at which it was let run; 0 while it waits behind another one.
         stopped: why it was cancelled, if it was. dropping: it was asked for back.
     """
@@ -33,6 +34,7 @@ class Assignment:
     owner: Any
     timeout: float
     flow: Flow | None = None
+    allow: Callable[[int], None] | None = None
     began: float = 0.0
     stopped: str = ""
     dropping: bool = False

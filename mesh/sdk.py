@@ -255,12 +255,17 @@ class Function(Generic[P, R]):
         )
 
     def _check_kind(self, kind: str, spec: FunctionSpec) -> None:
-        """Generators are called in one way, and nothing else is; a class only by its methods."""
+        """Generators are called in one way, and nothing else is; a class only by its methods; no web function is."""
         method = method_of(self._name)
         if spec.methods is not None and not method:
             raise InvalidError(
                 f"{self._name!r} is a class: call a method of an instance of it, "
                 f"mesh.Cls.from_name({self._home.description!r}, {self._name!r})().{next(iter(spec.methods))}"
+            )
+        if spec.web is not None:
+            raise InvalidError(
+                f"{self._name!r} is a web function: it answers HTTP requests at {self._name}.get_web_url(), and cannot "
+                f"be called with .{kind}()"
             )
         is_generator = spec.yields(method)
         if is_generator and kind != "generator":
@@ -498,6 +503,24 @@ class Function(Generic[P, R]):
         broker, target = await self._lookup()
         return await read_stats(broker, target.pool_key)
 
+    # --- its place on the web ----------------------------------------------------------------------------------------
+
+    @both
+    async def get_web_url(self, /) -> str | None:
+        """Where a web function answers requests, without a slash at its end; `None` if it is no web function.
+
+        It stays the same from deployment to deployment, while the gateway does.
+
+        Raises:
+            ServiceError: no gateway is running. Also what `hydrate` raises.
+        """
+        from mesh.place import web_url
+
+        broker, target = await self._lookup()
+        if target.spec.web is None:
+            return None
+        return await web_url(broker, target.pool_key.app, self._name)
+
     # --- what a handle says of itself --------------------------------------------------------------------------------
 
     @property
@@ -550,10 +573,6 @@ class Function(Generic[P, R]):
     def spawn_map(self, *args: Any, **kwargs: Any) -> Any:
         """Not built yet."""
         raise self._not_built("spawn_map")
-
-    def get_web_url(self) -> Any:
-        """Not built yet."""
-        raise self._not_built("get_web_url")
 
 
 def configured_environment() -> str:

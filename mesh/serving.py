@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
 import sys
 import traceback
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh import context
 from mesh.answers import Answers, Run
+from mesh.asgi import Requests
 from mesh.context import Running
 from mesh.frames import BeginMarks, Outcome, Start, Stop, Work
 from mesh.generating import Generators
@@ -44,6 +46,7 @@ class Serving:
         for output in outputs:
             output.alone = self._interrupts.alone
         self._generators = Generators(wire, self._interrupts.is_named)
+        self._requests = Requests(wire) if start.web else None
         self._limit = start.max_inputs
         self._gathered: list[Work] = []
         self._runner: asyncio.Runner | None = None
@@ -178,7 +181,10 @@ class Serving:
                 return None
         first = run.live[0] if run.outcomes else run.works[0]
         context.current.set(Running(first.call, first.index, first.attempt, first.last_error, first.seq))
-        return self._answers.call(run, self._code.function(first.method))
+        function = self._code.function(first.method)
+        if self._requests is not None:
+            return functools.partial(self._requests.answer, first, function)
+        return self._answers.call(run, function)
 
     def _off(self, work: Work) -> Outcome | None:
         """An input that must not begin: given back (the worker knows), or cancelled."""

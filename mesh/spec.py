@@ -322,6 +322,7 @@ class FunctionSpec:
             `env` last.
         methods: of a class, by name; `None` for a function. parameters: of a class that declares any, or nothing to
             construct it with; `None` for one with an `__init__` of its own, and for a function.
+        web: how it answers HTTP requests: `asgi`, `wsgi` or `fastapi`; `None` where it does not.
     """
 
     name: str
@@ -351,6 +352,7 @@ class FunctionSpec:
     methods: Mapping[str, MethodSpec] | None = None
     parameters: Mapping[str, Parameter] | None = None
     secrets: tuple[SecretRef, ...] = ()
+    web: str | None = None
 
     def __post_init__(self) -> None:
         check_name("function", self.name)
@@ -368,6 +370,8 @@ class FunctionSpec:
         self._check_containers()
         self._check_inputs()
         self._check_results()
+        if self.web is not None:
+            self._check_web()
         check_env(self.env)
         parse_gpu(self.gpu)
         check_labels("labels", self.labels)
@@ -409,6 +413,16 @@ class FunctionSpec:
         for option in ("single_use_containers", "keep_result", "detach", "is_generator"):
             if not isinstance(getattr(self, option), bool):
                 raise InvalidError(f"{option} must be True or False, not {getattr(self, option)!r}")
+
+    def _check_web(self) -> None:
+        refused = {
+            "retries": self.retries,
+            "is_generator": self.is_generator,
+            "@mesh.batched()": self.max_batch_size,
+        }
+        for option, value in refused.items():
+            if value:
+                raise InvalidError(f"{option} cannot be used on the web function {self.name!r}: it answers requests")
 
     @property
     def batch_size(self) -> int:

@@ -175,8 +175,13 @@ class Topology:
         return f"{self.root}.freed.{pool}"
 
     def flow_subject(self, call: str, index: int | str, way: str) -> str:
-        """Where the chunks of a flow go, `out` of a container or `in`, and what their reader grants, `credit`."""
+        """Where the chunks of a flow go, `out` of a container or `in`, and what their readers grant: `credit` for what
+        goes out, `allowed` for what goes in."""
         return f"{self.root}.flow.{call}.{index}.{way}"
+
+    def web_subject(self, app: str, function: str) -> str:
+        """Where the requests to a web function go, to one of the workers that listen."""
+        return f"{self.root}.web.{escape(app)}.{escape(function)}"
 
     # --- keys --------------------------------------------------------------------------------------------------------
 

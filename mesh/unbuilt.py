@@ -95,16 +95,6 @@ class billing(metaclass=_Unbuilt):  # noqa: N801 - a module in Modal
     """Only Modal's cloud has it."""
 
 
-def asgi_app(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("asgi_app")
-
-
-def fastapi_endpoint(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("fastapi_endpoint")
-
-
 def forward(*args: Any, **options: Any) -> Any:
     """Only Modal's cloud has it."""
     _refuse("forward")
@@ -120,8 +110,3 @@ def web_endpoint(*args: Any, **options: Any) -> Any:
     from mesh.exception import DeprecationError
 
     raise DeprecationError("web_endpoint is gone; use fastapi_endpoint")
-
-
-def wsgi_app(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("wsgi_app")

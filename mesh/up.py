@@ -1,6 +1,6 @@
-"""A mesh on one machine: the embedded server with a worker, for as long as somebody wants it.
+"""A mesh on one machine: the embedded server with a worker and a gateway, for as long as somebody wants it.
 
-`up` runs both until a signal; `for_one_run` lends them to a single `mesh run` where no mesh is running. Both use the
+`up` runs them until a signal; `for_one_run` lends them to a single `mesh run` where no mesh is running. Both use the
 same store under the same lock, so what was deployed in one is there in the other.
 """
 
@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from mesh import background, vault
@@ -30,7 +30,8 @@ from mesh.worker import ExitCode, Worker
 logger = logging.getLogger("mesh.up")
 
 _LOOK = 0.5  # seconds between looks whether the server still runs
-_WORKER_START = 30.0  # seconds a worker may take to be ready
+_WORKER_START = 30.0  # seconds a worker, or a gateway, may take to be ready
+_GATEWAY_PAUSE = 5.0  # seconds between looks whether a gateway still runs that has died before
 
 
 def _credentials(store: Path) -> Credentials:
@@ -83,8 +84,12 @@ def up(
     port: int | None = None,
     on_ready: Callable[[NatsServer, Worker], None],
     on_output: Callable[[str, str, int, str], None] | None = None,
+    gateway: Sequence[str] = ("--quiet",),
 ) -> ExitCode:
-    """Run a server and a worker until SIGINT or SIGTERM. A server that dies is started again.
+    """Run a server, a worker and a gateway until SIGINT or SIGTERM. Server and gateway are started again if they die.
+
+    Args:
+        gateway: flags of `mesh gateway`.
 
     Raises:
         ConflictError: another process has the store. InvalidError: the port is taken.
@@ -104,7 +109,7 @@ def up(
             },
         )
         try:
-            return background.run(_serve(local, store, listen, server, on_ready, on_output))
+            return background.run(_serve(local, store, listen, server, on_ready, on_output, gateway))
         finally:
             note_running(settings.state_dir, None)
 
@@ -116,16 +121,35 @@ async def _serve(
     server: NatsServer,
     on_ready: Callable[[NatsServer, Worker], None],
     on_output: Callable[[str, str, int, str], None] | None,
+    gateway_flags: Sequence[str],
 ) -> ExitCode:
     running = [server]
     worker = Worker(settings, on_output=on_output)
-    keeping = asyncio.create_task(_keep_running(running, settings, store, listen))
+    gateway = [_start("gateway", settings, *gateway_flags)]
+    keeping = [
+        asyncio.create_task(_keep_running(running, settings, store, listen)),
+        asyncio.create_task(_keep_gateway(gateway, settings, gateway_flags)),
+    ]
     try:
         await establish_key(settings)
         return await worker.run(lambda: on_ready(server, worker))
     finally:
-        keeping.cancel()
+        for task in keeping:
+            task.cancel()
+        await asyncio.to_thread(_end, gateway[0], settings.grace)
         await asyncio.to_thread(running[0].stop)
+
+
+async def _keep_gateway(gateway: list[subprocess.Popen[bytes]], settings: Settings, flags: Sequence[str]) -> None:
+    """Start the gateway again whenever it dies."""
+    pause = _LOOK
+    while True:
+        await asyncio.sleep(pause)
+        if gateway[0].poll() is not None:
+            pause = _GATEWAY_PAUSE  # longer, from now on: what ends it may be there to stay
+            logger.error("the gateway ended with exit code %d; starting it again", gateway[0].returncode)
+            # In this thread: the kernel ends it with the thread that started it.
+            gateway[0] = _start("gateway", settings, *flags)
 
 
 async def establish_key(settings: Settings) -> bool:
@@ -171,10 +195,38 @@ def for_one_run(settings: Settings) -> Generator[Settings]:
             server.stop()
 
 
-@contextlib.contextmanager
-def worker_process(settings: Settings, *arguments: str) -> Generator[subprocess.Popen[bytes]]:
+def worker_process(settings: Settings) -> contextlib.AbstractContextManager[None]:
     """A worker as a process of its own, ready when the block begins, drained when it ends."""
+    return _process("worker", settings)
+
+
+@contextlib.contextmanager
+def gateway_for(settings: Settings, running: bool) -> Generator[None]:
+    """A gateway for the length of the block, where none is running."""
+    if running:
+        yield
+        return
+    with _process("gateway", settings):
+        yield
+
+
+@contextlib.contextmanager
+def _process(command: str, settings: Settings) -> Generator[None]:
+    """A daemon as a process of its own, ready when the block begins, told to end when that does."""
     ours, theirs = socket.socketpair()
+    process = _start(command, settings, "--quiet", "--ready-fd", str(theirs.fileno()), passed=[theirs.fileno()])
+    theirs.close()
+    try:
+        with ours:
+            ours.settimeout(_WORKER_START)
+            _wait_ready(command, ours, process)
+        yield
+    finally:
+        _end(process, settings.grace + 10)
+
+
+def _start(command: str, settings: Settings, *arguments: str, passed: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Start a daemon, with the settings of this process."""
     variables = {
         **os.environ,
         "MESH_NATS_URL": settings.nats_url,
@@ -184,33 +236,30 @@ def worker_process(settings: Settings, *arguments: str) -> Generator[subprocess.
         "MESH_CONTAINERS": str(settings.containers),
         "MESH_SECRET_KEY_FILE": str(settings.key_file),
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mesh", "worker", "--quiet", "--ready-fd", str(theirs.fileno()), *arguments],
+    return subprocess.Popen(
+        [sys.executable, "-m", "mesh", command, *arguments],
         env=variables,
         stdin=subprocess.DEVNULL,
-        pass_fds=(theirs.fileno(),),
-        start_new_session=True,  # Ctrl-C is for us: the worker ends when the run has
+        pass_fds=passed,
+        start_new_session=True,  # Ctrl-C is for us: it ends when we have
         preexec_fn=end_with_parent,
     )
-    theirs.close()
+
+
+def _end(process: subprocess.Popen[bytes], limit: float) -> None:
+    """End a daemon: killed if it takes longer than that."""
+    process.send_signal(signal.SIGTERM)
     try:
-        with ours:
-            ours.settimeout(_WORKER_START)
-            _wait_ready(ours, process)
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(settings.grace + 10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
-def _wait_ready(ours: socket.socket, process: subprocess.Popen[bytes]) -> None:
+def _wait_ready(command: str, ours: socket.socket, process: subprocess.Popen[bytes]) -> None:
     try:
         ready = ours.recv(1)
     except TimeoutError:
-        raise ServiceError(f"the worker was not ready within {_WORKER_START:g} s") from None
+        raise ServiceError(f"the {command} was not ready within {_WORKER_START:g} s") from None
     if not ready:
-        raise ServiceError(f"the worker ended with exit code {process.wait()}; what it said is above")
+        raise ServiceError(f"the {command} ended with exit code {process.wait()}; what it said is above")

@@ -55,7 +55,21 @@ def load(start: Start) -> UserCode:
         NeverStartsError: the class cannot be constructed with the arguments of its pool.
     """
     found = _find(start)
+    if start.web:
+        return _site(found, start)
     return _instance(found, start) if isinstance(found, type) else UserCode(functions={"": found})
+
+
+def _site(found: Callable[..., Any], start: Start) -> UserCode:
+    """The application of a web function, and its lifespan."""
+    from mesh.asgi import site
+    from mesh.web import web_of
+
+    web = web_of(found)
+    if web is None:
+        raise ExecutionError(f"{start.function!r} was deployed as a web function, and has no web decorator here")
+    made = site(found, web, start.max_inputs)
+    return UserCode(functions={"": made.respond}, enter=[made.begin], exit=[made.end])
 
 
 def _instance(cls: type, start: Start) -> UserCode:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 
 from mesh import frames
-from mesh.frames import Credit
+from mesh.frames import Credit, Feed, Gone
 
 _READ_SIZE = 1 << 16
 
@@ -25,6 +25,7 @@ class Wire:
         self.inbox: deque[frames.Frame] = deque()
         self.interrupt: Callable[[], None] = lambda: None
         self.on_credit: Callable[[Credit], None] = lambda credit: None
+        self.on_request: Callable[[Feed | Gone], None] = lambda frame: None
         self._buffer = frames.Buffer()
         self._owner = os.getpid()
         self._lock = threading.RLock()
@@ -110,6 +111,8 @@ class Wire:
         for frame in self._buffer.feed(data):
             if isinstance(frame, Credit):
                 self.on_credit(frame)
+            elif isinstance(frame, Feed | Gone):
+                self.on_request(frame)
             else:
                 self.inbox.append(frame)
         return bool(data)

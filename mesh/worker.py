@@ -40,6 +40,7 @@ from mesh.nursery import Nursery
 from mesh.placement import Offer, Size
 from mesh.pool import Pool
 from mesh.protocol import CancelRequest, PoolKey
+from mesh.request import Door
 from mesh.scratch import Scratch
 from mesh.settle import Held, Settler
 from mesh.slots import Slots
@@ -89,6 +90,7 @@ class Worker:
         self.draining = False
         self.offer = _offer(self.name, settings)
         self.deployed = Deployed(self)
+        self.door = Door(self)
         self.awake: dict[PoolKey, Pool] = {}  # those with containers or inputs: most of many functions sleep
         self.capacity = Capacity(self.offer.size, self.awake.values())
         self._held: dict[str, Held] = {}
@@ -222,6 +224,7 @@ class Worker:
             return ExitCode.ABNORMAL
         renewing = self.background.spawn(self._regularly(self.ack_wait / 12, self._renew_leases))
         await self.puller.stop()
+        await self.door.close()
         for pool in self.pools:
             pool.hand_back("the worker is stopping")
         with contextlib.suppress(TimeoutError, Unanswered, NoResponders, StoreError):

@@ -166,7 +166,7 @@ CLASSES = words("""
     Client CloudBucketMount Dict Environment NetworkFileSystem Proxy Queue Sandbox Tunnel Volume Workspace billing
 """)
 FUNCTIONS = words("""
-    asgi_app fastapi_endpoint forward web_server wsgi_app
+    forward web_server
 """)
 
 
@@ -215,7 +215,7 @@ def test_an_image_can_be_described_as_for_modal() -> None:
 
 
 UNBUILT_METHODS: dict[object, list[str]] = {
-    mesh.Function.from_name("a", "f"): words("spawn_map get_web_url"),
+    mesh.Function.from_name("a", "f"): words("spawn_map"),
     mesh.FunctionCall.from_id("fc-0"): words("iter get_call_graph"),
     mesh.App(): words("server get_dashboard_url"),
 }

@@ -25,9 +25,11 @@ from mesh.frames import (
     Drop,
     Dropped,
     Ended,
+    Feed,
     Fork,
     Forked,
     Frame,
+    Gone,
     Home,
     LiveUntil,
     Log,
@@ -62,6 +64,7 @@ GOLDEN: list[tuple[Frame, list[Any]]] = [
             "/code/ab",
             1 << 20,
             4,
+            False,
         ],
     ),
     (WORK, [1, 7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3]),
@@ -82,6 +85,8 @@ GOLDEN: list[tuple[Frame, list[Any]]] = [
     (Forked(3, 77), [16, 3, 77]),
     (NotForked(3, "EAGAIN"), [17, 3, "EAGAIN"]),
     (Ended(3, 256, 1 << 20, False), [18, 3, 256, 1 << 20, False]),
+    (Feed(7, b"body"), [19, 7, b"body"]),
+    (Gone(7), [20, 7]),
 ]
 IDS = [type(frame).__name__ for frame, _ in GOLDEN]
 

@@ -15,17 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top. A module imports what stands below it, or before it on its own level.
 LEVELS = [
-    "exception labels parameters secretref spec decorators config background processes scratch unbuilt",  # values
+    "exception labels parameters secretref spec decorators web config background processes scratch unbuilt",  # values
     "protocol variant flow frames records serialization bundle judge mask sealing",  # bytes, on the wire and stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status stats vault",  # what callers and containers share
-    "settle cancel behind dead",  # how calls end, and are sent again
+    "place settle cancel behind dead",  # how calls end, and are sent again
     "secret options target call map reading sdk functions queue cls report deploy apprun app",  # what users hold
-    "wire generating output usercode interrupts answers serving executor zygote",  # containers, from inside
+    "wire generating output asgi usercode interrupts answers serving executor zygote",  # containers, from inside
     "memory machine placement runs pipes nursery container execution",  # and from outside
     "capacity autoscaler scaling codecache",  # how many, and what they run
-    "examine sweep upkeep watch check fleet slots intake pool deployed",  # what a worker does, and `mesh check`
-    "server worker up",  # daemons
+    "examine sweep upkeep watch check fleet slots request intake pool deployed",  # what a worker does, and `mesh check`
+    "source server gateway worker up",  # daemons
     "cli __main__",
 ]
 ORDER = " ".join(LEVELS).split()

@@ -341,6 +341,7 @@ def test_a_function_has_modals_defaults() -> None:
         "methods": None,
         "parameters": None,
         "secrets": (),
+        "web": None,
     }
 
 

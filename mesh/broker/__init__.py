@@ -36,6 +36,7 @@ from mesh.broker.registry import Registry
 from mesh.broker.results import Results
 from mesh.broker.secrets import Secrets
 from mesh.broker.slots import Slots
+from mesh.broker.web import Web
 from mesh.config import Settings
 from mesh.exception import NotFoundError
 from mesh.protocol import PoolKey, new_client_token
@@ -67,6 +68,7 @@ class Broker:
         self.results = Results(connection, topology, self.token)
         self.cancels = Cancels(connection, topology)
         self.flows = Flows(connection, topology)
+        self.web = Web(connection, topology)
         self.dead = Dead(connection, topology)
         self.registry = Registry(connection, topology)
         self.pools = Pools(connection, topology)

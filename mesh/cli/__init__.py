@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 
 import mesh
-from mesh.cli import apps, calls, check, configuration, dead, run, secrets, workers
+from mesh.cli import apps, calls, check, configuration, dead, run, secrets, web, workers
 from mesh.cli.render import ExitCode, exit_code, say_error
 from mesh.exception import Error, NotReadyError, ServerWarning
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 run.register(app)
 workers.register(app)
+web.register(app)
 check.register(app)
 app.add_typer(apps.app, name="app")
 app.add_typer(calls.app, name="call")

@@ -22,7 +22,9 @@ from mesh.cli.options import Env, Url
 from mesh.cli.render import ExitCode, exit_code, say, say_error, say_exception
 from mesh.config import NO_SERVER, Settings
 from mesh.deploy import Deployment, ImportFailed
-from mesh.exception import ConflictError, ConnectionError, Error, InvalidError, UnimplementedError
+from mesh.exception import ConflictError, ConnectionError, Error, InvalidError, ServiceError, UnimplementedError
+from mesh.place import path_of
+from mesh.sdk import Function
 
 Ref = Annotated[str, typer.Argument(help="file.py, or file.py::name.", metavar="REF")]
 AsModule = Annotated[bool, typer.Option("-m", help="REF is a module, such as package.module.")]
@@ -48,7 +50,7 @@ def _run(
     if interactive:
         raise UnimplementedError("mesh run --interactive is not built yet")
     reference = Reference.parse(ref, is_module=as_module)
-    with _import_errors():
+    with import_errors():
         module = reference.load()
     app, runnable = find_runnable(module, reference.name)
     if not isinstance(runnable, LocalEntrypoint) and runnable.is_generator:
@@ -59,7 +61,7 @@ def _run(
     args, kwargs = parse_flags(runnable, f"mesh run {ref}", words.args)
     settings = Settings.load({"environment": env, "nats_url": url})
     context.show_times(timestamps)
-    with _server(settings, quiet) as usable:
+    with usable_server(settings, quiet) as usable:
         client.use_settings(usable)
         value = _run_on_mesh(app, runnable, args, kwargs, name=name, quiet=quiet, detach=detach)
     if write_result is not None:
@@ -78,13 +80,10 @@ def _run_on_mesh(
 ) -> Any:
     """Put the app on the mesh, run what was asked for, and take it off again."""
     began = time.monotonic()
-    with context.enable_output(), app.run(name=name, detach=detach):
+    with context.enable_output(), app.run(name=name, detach=detach), gateway_for_app(app):
         if not quiet:
             say(f"[green]✓[/] {app.description} is on the mesh as {app.app_id} ({time.monotonic() - began:.2f} s)")
-            for function in sorted(app.registered_functions):
-                say(f"[dim]├[/] function {function}")
-            for name, cls in sorted(app.registered_classes.items()):
-                say(f"[dim]├[/] class {name} [dim]({', '.join(cls.spec.methods or ())})[/]")
+            say_app(app)
         try:
             value = _call(runnable, args, kwargs)
         except Exception as error:  # noqa: BLE001 - whatever the user's code raised
@@ -93,6 +92,30 @@ def _run_on_mesh(
     if not quiet:
         say(f"[green]✓[/] {app.description} completed")
     return value
+
+
+def gateway_for_app(app: App) -> contextlib.AbstractContextManager[None]:
+    """A gateway while an app runs that has web functions, where none is running."""
+    from mesh.up import gateway_for
+
+    if not app.registered_web_endpoints:
+        return contextlib.nullcontext()
+
+    async def gateways() -> list[str]:
+        return await (await client.broker()).web.gateways()
+
+    return gateway_for(client.settings(), running=bool(bridge().run(gateways())))
+
+
+def say_app(app: App) -> None:
+    """Show what an app that runs has."""
+    for name, function in sorted(app.registered_functions.items()):
+        if function.spec.web is None:
+            say(f"[dim]├[/] function {name}")
+        else:
+            say(f"[dim]├[/] web function {name} → [bold]{function.get_web_url()}[/]")
+    for name, cls in sorted(app.registered_classes.items()):
+        say(f"[dim]├[/] class {name} [dim]({', '.join(cls.spec.methods or ())})[/]")
 
 
 def _call(runnable: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -126,7 +149,7 @@ def _write(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _server(settings: Settings, quiet: bool) -> Generator[Settings]:
+def usable_server(settings: Settings, quiet: bool) -> Generator[Settings]:
     """The mesh that is configured or running; else one for the length of this run, on this user's own data."""
     from mesh.up import for_one_run, store_of
 
@@ -143,7 +166,7 @@ def _server(settings: Settings, quiet: bool) -> Generator[Settings]:
 
 
 @contextlib.contextmanager
-def _import_errors() -> Generator[None]:
+def import_errors() -> Generator[None]:
     """What a user's module raised is shown from their own code on; it is their failure, not a wrong use."""
     try:
         yield
@@ -173,7 +196,7 @@ def _deploy(
     """Deploy an app: from now on its functions are found by name, and workers run this code."""
     began = time.monotonic()
     reference = Reference.parse(ref, is_module=as_module)
-    with _import_errors():
+    with import_errors():
         module = reference.load()
     app = find_app(module, reference.name)
     settings = Settings.load({"environment": env, "nats_url": url})
@@ -194,12 +217,22 @@ def _say_deployment(deployment: Deployment, seconds: float) -> None:
         how = f"by value, for Python {record.code.python} only" if record.code.by_value else record.code.module
         kind = "function" if record.spec.methods is None else "class"
         say(f"[dim]├[/] {kind} {record.spec.name} [dim]({how}, {record.version[:12]})[/]")
+        if record.spec.web is not None:
+            say(f"[dim]│[/]   → [bold]{_web_url(record.app, record.spec.name)}[/]")
     for gone in deployment.removed:
         say(f"[dim]├[/] [yellow]removed {gone}[/]: it takes no more calls, its queued ones fail")
     if deployment.changed:
         say(f"[green]✓[/] {head.name} is deployed as version {head.version} in {seconds:.2f} s")
     else:
         say(f"[green]✓[/] {head.name} has not changed: version {head.version} stays ({seconds:.2f} s)")
+
+
+def _web_url(app: str, function: str) -> str:
+    """Where a web function is; what to do where no gateway runs."""
+    try:
+        return str(Function.from_name(app, function).get_web_url())
+    except ServiceError as error:
+        return f"{path_of(app, app, function)}, below the address of a gateway ({error})"
 
 
 def register(app: typer.Typer) -> None:

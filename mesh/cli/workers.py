@@ -35,6 +35,8 @@ def _up(
     env: Env = None,
     listen: Annotated[str, typer.Option("--listen", help="Address to listen on for other machines.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", help="Port of the server; 0 for any free one.")] = None,
+    web_host: Annotated[str, typer.Option("--web-host", help="Address of the gateway; 0.0.0.0: all.")] = "127.0.0.1",
+    web_port: Annotated[int | None, typer.Option("--web-port", help="8700, or the next free one, by default.")] = None,
     containers: Containers = None,
     cpus: Cpus = None,
     memory: Memory = None,
@@ -44,7 +46,10 @@ def _up(
     verbose: Verbose = False,
     log_format: LogFormat = None,
 ) -> None:
-    """Run a mesh on this machine: a NATS server and a worker, until Ctrl-C. Data is kept between runs."""
+    """Run a mesh on this machine until Ctrl-C: a NATS server, a worker, and a gateway for web functions.
+
+    Data is kept between runs.
+    """
     from mesh.server import NatsServer
     from mesh.up import store_of, up
     from mesh.worker import Worker
@@ -67,7 +72,10 @@ def _up(
         say("deploy with [bold]mesh deploy FILE[/]; Ctrl-C ends it")
 
     output = output_shown(settings, quiet=quiet)
-    raise typer.Exit(up(settings, listen=listen, port=port, on_ready=ready, on_output=output))
+    gateway = ["--host", web_host, *(["--port", str(web_port)] if web_port is not None else [])]
+    if quiet or settings.log_format == "json":
+        gateway.append("--quiet")
+    raise typer.Exit(up(settings, listen=listen, port=port, on_ready=ready, on_output=output, gateway=gateway))
 
 
 @app.callback()

@@ -1,0 +1,194 @@
+"""HTTP requests on their way through a worker: a request is an input that no queue has.
+
+It comes as a core message to whichever worker listens, and waits for a container beside the inputs of the queue, so
+that what counts, starts and ends containers sees both alike. But nothing of it is stored: its answer goes out as a
+flow, whose end says how it went, and who asked for it decides what to do if that was not well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mesh.background import Background
+from mesh.broker import Lease
+from mesh.broker.flows import Reader, Writer
+from mesh.broker.web import Arrival, Listening, Receipt
+from mesh.container import Container
+from mesh.judge import Execution, Kind
+from mesh.protocol import SHARED_POOL, Address, CancelRequest, Input, PoolKey
+from mesh.runs import Assignment
+from mesh.settle import Held
+
+if TYPE_CHECKING:
+    from mesh.pool import Pool
+    from mesh.worker import Worker
+
+logger = logging.getLogger("mesh.worker")
+
+_LEFT = "its client has gone"
+_MOST_WAITING = 1000  # requests that wait for a container here; others are told that it is busy
+
+
+@dataclass(slots=True, eq=False)
+class Request(Held):
+    """One request: an input that has no lease to be kept, and no result.
+
+    Attributes:
+        answer: where what the application sends goes. body: what comes after its beginning, if anything does.
+        container: that answers it. seq: its number there.
+    """
+
+    answer: Writer | None = None
+    body: Reader | None = None
+    container: Container | None = None
+    seq: int = 0
+    _allowed: int = 0
+    _fed: int = 0
+    _feeding: asyncio.Task[None] | None = field(default=None)
+
+    def give(self, container: Container, assignment: Assignment, background: Background) -> None:
+        """It goes to a container."""
+        self.container, self.seq = container, assignment.work.seq
+        assignment.flow, assignment.allow = _Answer(self), self.allow
+        if self.body is not None and self._feeding is None:
+            self._feeding = background.spawn(self._feed(self.body))
+
+    def end(self, execution: Execution) -> None:
+        """Say how it went, after all of its answer."""
+        if self._feeding is not None:
+            self._feeding.cancel()
+        if self.body is not None:
+            self.body.close()
+        assert self.answer is not None
+        text = execution.failure.summary if execution.failure is not None else execution.text
+        self.answer.end(f"{execution.kind}\n{text}".encode())
+        if execution.kind is not Kind.SUCCEEDED:
+            at = self.lease.address
+            logger.info("✗ request %s to %s %s: %s", self.call, at.path if at else "", execution.kind, text)
+
+    # --- its client --------------------------------------------------------------------------------------------------
+
+    def grant(self, number: int) -> None:
+        """The client has room for the answer's chunks up to this one."""
+        if self.container is not None:
+            self.container.grant(self.seq, number)
+
+    def leave(self) -> None:
+        """The client has gone: it is not begun any more."""
+        self.cancelled = self.cancelled or _LEFT
+        if self.container is not None:
+            self.container.leave(self.seq)
+
+    # --- its body ----------------------------------------------------------------------------------------------------
+
+    def allow(self, number: int) -> None:
+        """The container has room for the body's chunks up to this one."""
+        self._allowed = max(self._allowed, number)
+        if self.body is not None:
+            self.body.news.set()
+
+    async def _feed(self, body: Reader) -> None:
+        """Pass the body on as the container has room for it. One that cannot go on is a client that has gone."""
+        while True:
+            body.news.clear()
+            while self._fed < self._allowed and (chunk := body.pop()) is not None:
+                self._fed += 1
+                if self.container is not None:
+                    self.container.feed(self.seq, chunk)
+            if body.error is not None:
+                self.leave()
+                return
+            await body.news.wait()
+
+
+class _Answer:
+    """Where a container's chunks go. That it has no more to say ends the request only when what came of it is known."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def begin(self) -> None: ...
+
+    def send(self, chunk: bytes) -> None:
+        if self._request.answer is not None:
+            self._request.answer.send(chunk)
+
+    def end(self) -> None: ...
+
+
+class Door:
+    """Lets requests in to the web functions that run on this worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._listening: dict[PoolKey, Listening] = {}
+        self._changing = asyncio.Lock()
+
+    def attend(self, pool: Pool) -> None:
+        """Listen for a pool from now on, or no more, as it is now."""
+        if pool.spec.web is not None or pool.key in self._listening:
+            self._worker.background.spawn(self._attend(pool))
+
+    async def _attend(self, pool: Pool) -> None:
+        async with self._changing:
+            wanted = pool.spec.web is not None and pool.is_open and pool.key.pool == SHARED_POOL
+            wanted = wanted and not self._worker.draining and self._worker.deployed.pools.get(pool.key) is pool
+            if wanted and pool.key not in self._listening:
+                key = pool.key
+                listening = self._worker.broker.web.listen(key.app, key.function, lambda a: self._on_arrival(key, a))
+                self._listening[key] = await listening
+            elif not wanted and pool.key in self._listening:
+                await self._listening.pop(pool.key).close()
+
+    async def close(self) -> None:
+        """Listen to nobody any more."""
+        async with self._changing:
+            for listening in self._listening.values():
+                await listening.close()
+            self._listening.clear()
+
+    async def _on_arrival(self, key: PoolKey, arrival: Arrival) -> None:
+        pool = self._worker.deployed.pools.get(key)
+        if pool is None or not pool.is_open or self._worker.draining:
+            await arrival.reply(Receipt.AGAIN)
+        elif len(pool.intake.waiting) >= _MOST_WAITING:
+            await arrival.reply(Receipt.BUSY)
+        else:
+            request = self._request(pool, arrival)
+            if arrival.has_more:
+                request.body = await self._worker.broker.flows.read(arrival.call, 0, way="in")
+            await arrival.reply(Receipt.TAKEN)
+            pool.intake.accept(request)
+
+    def _request(self, pool: Pool, arrival: Arrival) -> Request:
+        address = Address(pool.key.app, pool.key.function, pool.key.pool, arrival.call, 0)
+        lease = Lease(
+            connection=self._worker.broker.connection,
+            subject=arrival.subject,
+            consumer=pool.consumer,
+            reply="",
+            delivery=1,
+            sequence=0,
+            stored=time.time(),
+            pending=0,
+            headers={},
+            body=arrival.body,
+            address=address,
+            input=Input(address=address, body=arrival.body, kind="web"),
+        )
+        request = Request(lease, marked=True)
+        flows = self._worker.broker.flows
+        request.answer = flows.write(arrival.call, 0, request.grant, on_gone=lambda: self._on_gone(pool, request))
+        request.answer.begin()
+        return request
+
+    @staticmethod
+    def _on_gone(pool: Pool, request: Request) -> None:
+        """The application hears of it; one that waits is not begun."""
+        request.leave()
+        if request in pool.intake.waiting:
+            pool.cancel(request, CancelRequest(reason=_LEFT))
