@@ -55,7 +55,8 @@ class Bridge:
         self._loop = loop
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:
-        """Wait for `work`. Ctrl-C cancels it, gives it a moment to clean up, and goes on."""
+        """Wait for `work`. What interrupts that, Ctrl-C or the cancel of the input that waits, cancels it, gives it a
+        moment to clean up, and goes on."""
         import asyncio
 
         if threading.current_thread() is self._thread:
@@ -65,9 +66,10 @@ class Bridge:
         future = asyncio.run_coroutine_threadsafe(work, self.loop())
         try:
             return future.result()
-        except KeyboardInterrupt:
-            ending = asyncio.run_coroutine_threadsafe(_end(work), self.loop())
-            concurrent.futures.wait([ending], _CLEANING_LIMIT)
+        except BaseException:
+            if not future.done():
+                ending = asyncio.run_coroutine_threadsafe(_end(work), self.loop())
+                concurrent.futures.wait([ending], _CLEANING_LIMIT)
             raise
 
     def iterate(self, batches: AsyncGenerator[list[R], None]) -> Generator[R]:

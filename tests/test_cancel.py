@@ -299,6 +299,34 @@ def test_ctrl_c_in_remote_cancels_the_call(mesh: Mesh) -> None:
     assert mesh.ledger().count("caught ctrl-c InputCancellation") == 1
 
 
+@pytest.mark.parametrize("way", ["remote", "map"])
+def test_what_a_cancelled_call_waits_for_is_cancelled(mesh: Mesh, way: str) -> None:
+    module = mesh.deploy(
+        f"""
+        import mesh, time
+        app = mesh.App("cancel-nested-{way}")
+
+        @app.function()
+        def inner(path, n):
+            with open(path, "a") as file:
+                file.write(mesh.current_function_call_id() + "\\n")
+            time.sleep(120)
+
+        @app.function()
+        def outer(path, way):
+            return inner.remote(path, 0) if way == "remote" else list(inner.map([path] * 2, range(2)))
+        """
+    )
+    ledger = mesh.ledger(f"cancel-nested-{way}")
+    call = module.outer.spawn(str(ledger.path), way)
+    until(lambda: ledger.lines(), what="the inner call runs")
+    call.cancel()
+    with pytest.raises(RemoteError, match="cancelled: by"):
+        call.get(timeout=30)
+    with pytest.raises(RemoteError, match="cancelled: by"):
+        FunctionCall.from_id(ledger.lines()[0]).get(timeout=30)
+
+
 def test_a_task_that_is_cancelled_in_remote_cancels_the_call(mesh: Mesh) -> None:
     module = mesh.deploy(jobs("task"))
 
