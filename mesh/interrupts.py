@@ -17,6 +17,7 @@ import threading
 from typing import Protocol
 
 from mesh import frames
+from mesh._sync import bridge
 from mesh.exception import InputCancellation
 from mesh.frames import Cancel, Drop, Dropped
 from mesh.wire import Wire
@@ -78,13 +79,15 @@ class Thread:
     """The thread that makes this: one of several that run inputs."""
 
     def __init__(self) -> None:
-        self._thread = ctypes.c_ulong(threading.get_ident())
+        self._ident = threading.get_ident()
+        self._thread = ctypes.c_ulong(self._ident)
         self._interrupted = False
 
     def interrupt(self, *, forced: bool) -> bool:
         if not self._interrupted:
             self._interrupted = True
             ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, ctypes.py_object(InputCancellation))
+            bridge().wake(self._ident)
         return False
 
     def leave(self) -> None:

@@ -299,12 +299,13 @@ def test_ctrl_c_in_remote_cancels_the_call(mesh: Mesh) -> None:
     assert mesh.ledger().count("caught ctrl-c InputCancellation") == 1
 
 
+@pytest.mark.parametrize("at_once", [1, 2], ids=["main-thread", "thread"])
 @pytest.mark.parametrize("way", ["remote", "map"])
-def test_what_a_cancelled_call_waits_for_is_cancelled(mesh: Mesh, way: str) -> None:
+def test_what_a_cancelled_call_waits_for_is_cancelled(mesh: Mesh, way: str, at_once: int) -> None:
     module = mesh.deploy(
         f"""
         import mesh, time
-        app = mesh.App("cancel-nested-{way}")
+        app = mesh.App("cancel-nested-{way}-{at_once}")
 
         @app.function()
         def inner(path, n):
@@ -313,11 +314,12 @@ def test_what_a_cancelled_call_waits_for_is_cancelled(mesh: Mesh, way: str) -> N
             time.sleep(120)
 
         @app.function()
+        @mesh.concurrent(max_inputs={at_once})
         def outer(path, way):
             return inner.remote(path, 0) if way == "remote" else list(inner.map([path] * 2, range(2)))
         """
     )
-    ledger = mesh.ledger(f"cancel-nested-{way}")
+    ledger = mesh.ledger(f"cancel-nested-{way}-{at_once}")
     call = module.outer.spawn(str(ledger.path), way)
     until(lambda: ledger.lines(), what="the inner call runs")
     call.cancel()

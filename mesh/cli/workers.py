@@ -146,7 +146,7 @@ def list_workers(env: Env = None, url: Url = None, json: Json = False) -> None:
 
 def _troubles(worker: WorkerRecord) -> str:
     """What keeps it from running everything."""
-    unfit = [f"{function}: {reason}" for function, reason in worker.unfit.items()]
+    unfit = [reason if function in reason else f"{function}: {reason}" for function, reason in worker.unfit.items()]
     return "; ".join([worker.trouble, *unfit] if worker.trouble else unfit)
 
 
