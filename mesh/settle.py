@@ -74,6 +74,14 @@ async def end_without_lease(broker: Broker, stored: Stored, address: Address, re
     await broker.calls.delete(stored.sequence)
 
 
+async def clear_ended(broker: Broker, stored: Stored, address: Address, result: Result) -> None:
+    """Take an input out of the queue that has ended, and that nobody delivers any more."""
+    if result.state in (State.FAILED, State.TIMED_OUT):  # whoever ended it may have died before its dead letter
+        death = _death(result, address)
+        await broker.dead.bury(broker.topology.dead_subject(address), stored.headers, stored.body, death)
+    await broker.calls.delete(stored.sequence)
+
+
 async def quarantine_stored(broker: Broker, stored: Stored, reason: str) -> None:
     """Put aside a message that is no call, and that no worker holds."""
     subject = broker.topology.quarantine_subject(stored.subject)

@@ -15,7 +15,7 @@ from mesh.broker import Broker, Stored
 from mesh.exception import NotFoundError
 from mesh.protocol import SHARED_POOL, Address, PoolKey, Result, State, call_time, class_of, failure, method_of
 from mesh.records import AppHead, AppState, FunctionRecord
-from mesh.settle import end_without_lease, quarantine_stored
+from mesh.settle import clear_ended, end_without_lease, quarantine_stored
 
 logger = logging.getLogger("mesh.worker")
 
@@ -54,7 +54,9 @@ class Sweeper:
             await deploy.end_run(self.broker, head.app)
 
     async def orphans(self, older_than: float = ORPHAN_AGE) -> int:
-        """Find calls that no consumer has: give deployed functions their consumer, and fail the calls of others.
+        """Find calls that no consumer has: give deployed functions their consumer, fail the calls of others, and clear
+        away those that have ended. A server that was killed may bring back calls whose consumers remember that they
+        were acknowledged (nats-server 2.15.1, without fsync): nobody would deliver them again.
 
         Only where the queue holds more than the consumers know, twice running: in passing the two always differ.
         Returns how many calls were ended.
@@ -67,6 +69,7 @@ class Sweeper:
         ended = 0
         for app, function, pool in await self.broker.calls.called():
             if self.broker.topology.call_filter(app=app, function=function, pool=pool) in delivered:
+                ended += await self._clear_ended(app, function, pool)
                 continue
             key = PoolKey(app, class_of(function), pool)
             methods = await self._methods(key)
@@ -75,6 +78,16 @@ class Sweeper:
             else:
                 ended += await self._fail_all(app, function, pool, older_than)
         return ended
+
+    async def _clear_ended(self, app: str, function: str, pool: str) -> int:
+        """Of the oldest calls of a function, take those out of the queue that have a result."""
+        stored = await self.broker.calls.of_function(app, function, pool)
+        addresses = [(s, address) for s in stored if (address := self.broker.calls.address(s)) is not None]
+        results = await self.broker.results.get_many(address.key for _, address in addresses)
+        ended = [(s, address) for s, address in addresses if address.key in results]
+        for message, address in ended:
+            await clear_ended(self.broker, message, address, results[address.key])
+        return len(ended)
 
     async def _methods(self, pool: PoolKey) -> tuple[str, ...] | None:
         """The methods of a pool's class, none of a function; `None` where nobody knows such a pool."""

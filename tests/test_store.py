@@ -13,8 +13,10 @@ import pytest
 from mesh import Function, FunctionCall
 from mesh.broker import Broker, StoreError
 from mesh.exception import ConnectionError, NotFoundError, ResourceExhaustedError
+from mesh.protocol import Result, State, failure
 from mesh.records import WorkerRecord
 from mesh.server import NatsServer
+from mesh.sweep import Sweeper
 from tests.support import Mesh, WorkerProcess, new_mesh, until
 
 WORK = """
@@ -490,3 +492,27 @@ def test_logs_are_one_json_object_a_line(own_mesh: Callable[..., Mesh]) -> None:
     assert [e["text"] for e in lines if e.get("event") == "output"] == ["printed"] * 2
     lost = [line for line in lines if line.get("event") == "container.ended" and line["lost"]]
     assert {(line["level"], line["function"]) for line in lost} == {("warning", "crash")}
+
+
+def test_calls_that_come_back_after_they_were_acknowledged_are_cleared_away(
+    own_mesh: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server that was killed may bring them back; the chaos run sees it do so. No server does it when asked, so
+    here the consumers are said to know of nothing."""
+    mesh = own_mesh()
+    module = mesh.deploy(WORK)
+    ended, left = module.work.spawn(0, "ended"), module.work.spawn(0, "left")
+
+    async def nothing_known() -> tuple[int, int]:
+        return 2, 0
+
+    async def strand(broker: Broker) -> list[str]:
+        monkeypatch.setattr(broker.consumers, "queue_sizes", nothing_known)
+        failed = Result.of_failure(State.FAILED, failure(ValueError, "no"), app="store", function="work")
+        await broker.results.create(f"{ended.object_id}.0", failed)
+        sweeper = Sweeper(broker, "test", 15, 60)
+        assert [await sweeper.orphans(), await sweeper.orphans()] == [0, 1], "what is seen twice is cleared away"
+        assert await broker.dead.of_call(ended.object_id), "its dead letter is there"
+        return [address.call for call in (ended, left) for address in await broker.calls.of_call(call.object_id)]
+
+    assert mesh.ask(strand) == [left.object_id], "what has not ended stays"
