@@ -66,12 +66,10 @@ class Held:
 
 async def end_without_lease(broker: Broker, stored: Stored, address: Address, result: Result) -> None:
     """End an input that no worker holds: its result first, then out of the queue, by its own sequence."""
-    created = await broker.results.create(address.key, result)
-    if created and result.state in (State.FAILED, State.TIMED_OUT):
-        await broker.dead.bury(
-            broker.topology.dead_subject(address), stored.headers, stored.body, _death(result, address)
-        )
-    await broker.calls.delete(stored.sequence)
+    if await broker.results.create(address.key, result):
+        await clear_ended(broker, stored, address, result)
+    else:  # somebody else ended it, with another result
+        await broker.calls.delete(stored.sequence)
 
 
 async def clear_ended(broker: Broker, stored: Stored, address: Address, result: Result) -> None:
