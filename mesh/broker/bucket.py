@@ -78,7 +78,9 @@ class Bucket:
 
     async def discard(self, sequence: int) -> None:
         """Delete one entry without an answer: for ends, when nobody reads one any more."""
-        await self._connection.publish(f"$JS.API.STREAM.MSG.DELETE.{self.stream}", b'{"seq": %d}' % sequence)
+        await self._connection.publish(
+            f"$JS.API.STREAM.MSG.DELETE.{self.stream}", b'{"seq": %d, "no_erase": true}' % sequence
+        )
 
     async def purge(self, filter: str) -> None:
         """Delete all entries that match, with their history."""

@@ -483,9 +483,13 @@ class Connection:
         return await self._client.jetstream().object_store(bucket)
 
     async def delete(self, stream: str, sequence: int) -> bool:
-        """Delete one message; false if it was gone. A sequence is never reused, so this cannot hit a successor."""
+        """Delete one message; false if it was gone. A sequence is never reused, so this cannot hit a successor.
+
+        Its bytes stay in the file until the server writes that anew: to overwrite them takes 10 ms in a long queue, and
+        the server does nothing else meanwhile (nats-server 2.15.1: 100 deletes a second, else 20,000).
+        """
         try:
-            await self.api(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence})
+            await self.api(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence, "no_erase": True})
         except StoreError as error:
             if error.code in MESSAGE_NOT_FOUND or (error.code == DELETE_FAILED and "not permitted" not in error.text):
                 return False  # 2.15 says 10057, «no message found» or «stream store EOF», at the ends of the stream
