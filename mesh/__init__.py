@@ -38,9 +38,8 @@ from mesh.unbuilt import (
     billing,
     forward,
     web_endpoint,
-    web_server,
 )
-from mesh.web import asgi_app, fastapi_endpoint, wsgi_app
+from mesh.web import asgi_app, fastapi_endpoint, web_server, wsgi_app
 
 __all__ = [
     "App",

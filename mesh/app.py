@@ -160,7 +160,8 @@ class App:
     @property
     def registered_web_endpoints(self) -> list[str]:
         """Names of its web functions."""
-        return [name for name, handle in self.registered_functions.items() if handle.spec.web is not None]
+        handles = [definition.handle for definition in self._definitions.values()]
+        return [name for handle in handles for name in handle.spec.webs]
 
     @property
     def module(self) -> str:

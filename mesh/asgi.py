@@ -13,15 +13,12 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
-from mesh.exception import ExecutionError, InvalidError
 from mesh.flow import WINDOW, Outflow
 from mesh.frames import Chunk, Credit, Feed, Gone, Work
-from mesh.web import Web
 from mesh.wire import Wire
 
 Event = MutableMapping[str, Any]
@@ -29,7 +26,6 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 Application = Callable[[Any, Receive, Send], Awaitable[None]]
 
-_INTERFACE = {"version": "3.0", "spec_version": "2.0"}
 _FEW = 4  # events an application may have before it, and more are asked for
 
 
@@ -52,102 +48,6 @@ def decoder() -> msgpack.Unpacker:
 def pack_request(scope: Mapping[str, Any], events: list[Event], *, more: bool) -> bytes:
     """The body of a request's `Work`. `more`: other events come after these."""
     return encode({"scope": dict(scope), "events": events, "more": more})
-
-
-# --- the application -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """What a container of a web function runs: for each request; before the first, and after the last."""
-
-    respond: Application
-    begin: Callable[[], Awaitable[None]]
-    end: Callable[[], Awaitable[None]]
-
-
-def site(raw: Callable[..., Any], web: Web, limit: int) -> Site:
-    """What is to run for a web function; `limit` is the number of requests at once."""
-    application = _application(raw, web, limit)
-    lifespan = _Lifespan(application)
-
-    async def respond(scope: Event, receive: Receive, send: Send) -> None:
-        await application({**scope, "state": dict(lifespan.state)}, receive, send)
-
-    return Site(respond, lifespan.begin, lifespan.end)
-
-
-def _application(raw: Callable[..., Any], web: Web, limit: int) -> Application:
-    if web.kind == "fastapi":
-        return _endpoint(raw, web)
-    made: Any = raw()
-    if not callable(made):
-        raise InvalidError(f"{raw.__qualname__!r} must return an application, and returned {made!r}")
-    application: Any = made
-    if web.kind == "wsgi":
-        from a2wsgi import WSGIMiddleware
-
-        application = WSGIMiddleware(application, workers=limit)
-    return application  # type: ignore[no-any-return]  # it may be anything; its first request tells
-
-
-def _endpoint(raw: Callable[..., Any], web: Web) -> Application:
-    """A FastAPI application with one endpoint."""
-    from fastapi import FastAPI  # the user's
-    from fastapi.middleware.cors import CORSMiddleware
-
-    application: Any = FastAPI(title=raw.__name__, openapi_url="/openapi.json" if web.docs else None)
-    application.add_middleware(
-        CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
-    )
-    application.add_api_route("/", raw, methods=[web.method])
-    made: Application = application
-    return made
-
-
-class _Lifespan:
-    """The lifespan of an application: begun before its first request, ended after its last.
-
-    Attributes:
-        state: what the application keeps there for its requests.
-    """
-
-    def __init__(self, application: Application) -> None:
-        self.state: Event = {}
-        self._application = application
-        self._task: asyncio.Task[None] | None = None
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._answers: asyncio.Queue[Event | None] = asyncio.Queue()
-
-    async def begin(self) -> None:
-        """Raises:
-        ExecutionError: the application says that it cannot start.
-        """
-        self._task = asyncio.create_task(self._run())
-        await self._go_on("startup")
-
-    async def end(self) -> None:
-        """Raises:
-        ExecutionError: the application says that its end went wrong.
-        """
-        if self._task is not None and not self._task.done():
-            await self._go_on("shutdown")
-            await self._task
-
-    async def _go_on(self, stage: str) -> None:
-        self._events.put_nowait({"type": f"lifespan.{stage}"})
-        answer = await self._answers.get()
-        if answer is not None and answer["type"] == f"lifespan.{stage}.failed":
-            raise ExecutionError(f"the application's {stage} failed: {answer.get('message', '')}")
-
-    async def _run(self) -> None:
-        scope = {"type": "lifespan", "asgi": _INTERFACE, "state": self.state}
-        try:
-            await self._application(scope, self._events.get, self._answers.put)
-        except BaseException:  # noqa: BLE001 - an application without lifespan may raise anything at this scope
-            pass
-        finally:
-            self._answers.put_nowait(None)
 
 
 # --- requests --------------------------------------------------------------------------------------------------------

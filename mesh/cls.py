@@ -22,6 +22,7 @@ from mesh.secret import Secret
 from mesh.spec import FunctionSpec, MethodSpec, Retries, check_name
 from mesh.target import Elsewhere, Home
 from mesh.variant import Variant
+from mesh.web import MAX_INPUTS, web_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,7 +40,7 @@ class Method(Generic[P, R]):
 
     def __init__(self, raw: Callable[..., Any], is_generator: bool) -> None:
         self.raw = raw
-        self.spec = MethodSpec(is_generator=is_generator)
+        self.is_generator = is_generator
         self.__doc__ = raw.__doc__
 
     @overload
@@ -174,7 +175,7 @@ def describe_class(cls: type, options: Mapping[str, Any]) -> FunctionSpec:
     Raises:
         InvalidError: it cannot be a class of the mesh.
     """
-    _make_batched_methods(cls)
+    _make_marked_methods(cls)
     methods = methods_of(cls)
     if not methods:
         raise InvalidError(f"class {cls.__name__!r} has no method to call: mark one with @mesh.method()")
@@ -184,16 +185,38 @@ def describe_class(cls: type, options: Mapping[str, Any]) -> FunctionSpec:
     if parameters is not None:
         _give_constructor(cls, parameters)
     marked = class_options(cls, {name: member.raw for name, member in methods.items()})
-    specs = {name: member.spec for name, member in methods.items()}
+    specs = {name: _method_spec(member) for name, member in methods.items()}
+    if any(spec.web is not None for spec in specs.values()):
+        _check_answering(cls, parameters)
+    if all(spec.web is not None for spec in specs.values()):
+        marked.setdefault("max_inputs", MAX_INPUTS)
     return FunctionSpec(name=cls.__name__, methods=specs, parameters=parameters, **{**options, **marked})
 
 
-def _make_batched_methods(cls: type) -> None:
-    """`@mesh.batched()` makes a method of a class callable on the mesh, also without `@mesh.method()`."""
+def _make_marked_methods(cls: type) -> None:
+    """`@mesh.batched()` and web decorators make a method of a class one of the mesh, also without `@mesh.method()`."""
     for base in cls.__mro__:
         for name, member in list(vars(base).items()):
-            if inspect.isfunction(member) and is_batched(member):
+            if inspect.isfunction(member) and (is_batched(member) or web_of(member) is not None):
                 setattr(base, name, Method(member, is_generator=False))
+
+
+def _method_spec(method: Method[Any, Any]) -> MethodSpec:
+    web = web_of(method.raw)
+    return MethodSpec(is_generator=method.is_generator, web=None if web is None else web.spec)
+
+
+def _check_answering(cls: type, parameters: Mapping[str, Parameter] | None) -> None:
+    try:
+        if parameters is None:
+            check_construction(cls, Construction())
+        else:
+            values_of(cls.__name__, parameters, Construction())
+    except (TypeError, InvalidError) as error:
+        raise InvalidError(
+            f"class {cls.__name__!r} has a web method, whose requests bring nothing to construct it with: give its "
+            f"parameters defaults ({error})"
+        ) from None
 
 
 def _parameters_of(cls: type) -> dict[str, Parameter] | None:

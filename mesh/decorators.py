@@ -62,7 +62,7 @@ def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable
 
     def decorate(marked: T) -> T:
         raw = marked_function("concurrent", marked)
-        if not isinstance(raw, type) and _is_method(raw):
+        if not isinstance(raw, type) and is_method(raw):
             raise InvalidError(
                 f"@mesh.concurrent() is on the method {name_of(raw)!r}: put it on the class, below @app.cls(); it "
                 "holds for all methods"
@@ -130,7 +130,8 @@ def _check_batched(marked: object) -> None:
             )
 
 
-def _is_method(marked: object) -> bool:
+def is_method(marked: object) -> bool:
+    """Whether a function is defined in a class."""
     owner = str(getattr(marked, "__qualname__", "")).rpartition(".")[0]
     return bool(owner) and not owner.endswith("<locals>")
 

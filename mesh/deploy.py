@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import mesh
-from mesh import serialization, vault
+from mesh import hosts, serialization, vault
 from mesh.bundle import Bundle, collect
 from mesh.exception import ConflictError, InvalidError, NotFoundError, RemoteError, SerializationError
 from mesh.protocol import PoolKey, Result, State, failure
@@ -309,7 +309,8 @@ async def deploy(
             commit=await asyncio.to_thread(_commit, Path.cwd()) if state is AppState.DEPLOYED else "",
             mesh_version=mesh.__version__,
         )
-        await broker.registry.publish(head, [*records, *removals], sequence)
+        names = broker.hosts.messages(await hosts.claims(broker, head, records))
+        await broker.registry.publish(head, [*records, *removals], sequence, names)
     return Deployment(head, records, True, gone)
 
 
@@ -395,6 +396,7 @@ async def end_run(broker: Broker, app: str) -> None:
     await cancel_queued(broker, app, f"app {head.name if head else app!r} ended")
     await broker.autoscalers.erase(app)
     await broker.pools.erase(app)
+    await broker.hosts.erase(app)
     await broker.registry.erase(app)
     await broker.registry.code.erase(app)
     await broker.runs.end(app)

@@ -14,11 +14,10 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 
 from mesh.asgi import Event, Receive, Send, decoder, encode, pack_request
 from mesh.background import Background
@@ -28,9 +27,9 @@ from mesh.broker.web import RENEW_GATEWAY, Receipt
 from mesh.exception import Error, InvalidError
 from mesh.flow import SILENCE, Outflow
 from mesh.judge import Kind
-from mesh.place import DEFAULT_PORT, DEV, path_of
+from mesh.place import DEFAULT_PORT
+from mesh.places import Place, Places, Refused, Tokens
 from mesh.protocol import new_call_id
-from mesh.records import AppHead, AppState, FunctionRecord
 
 logger = logging.getLogger("mesh.gateway")
 
@@ -59,82 +58,8 @@ _STATUS = {  # of what came of a request without an answer
 }
 
 
-class Refused(Exception):
-    """There is no answer of an application; this one stands for it."""
-
-    def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(text)
-        retry = {"retry-after": "1"} if status == 503 else {}
-        self.response = PlainTextResponse(f"{text}\n", status, {**retry, **(headers or {})})
-
-
 class _Left(Exception):
     """The client has gone."""
-
-
-# --- which function --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A web function, and where it is in a path."""
-
-    app: str
-    function: str
-    root: str
-    limit: float  # seconds until it must have begun to answer
-
-
-class Places:
-    """The web functions that there are."""
-
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
-        self._heads: dict[str, AppHead] = {}
-        self._records: dict[tuple[str, str, str], FunctionRecord | None] = {}
-
-    async def watch(self) -> None:
-        """Know of deployments from now on."""
-        await self._broker.registry.watch(self._on_head, lambda subject, error: None)
-        self._heads = await self._broker.registry.heads()
-
-    async def reread(self) -> None:
-        self._heads = await self._broker.registry.heads()
-
-    def _on_head(self, head: AppHead) -> None:
-        self._heads[head.app] = head
-
-    async def find(self, path: str) -> Place:
-        """The function that a path begins with.
-
-        Raises:
-            Refused: there is none.
-        """
-        _, name, function = (*path.split("/", 3), "", "")[:3]
-        head = self._head(name)
-        record = await self._record(head, function) if head is not None else None
-        if head is None or record is None:
-            raise Refused(404, f"no web function at /{name}/{function}" if function else "a path is /<app>/<function>/")
-        spec = record.spec
-        return Place(head.app, function, path_of(head.app, head.name, function), spec.timeout + spec.start_limit)
-
-    def _head(self, name: str) -> AppHead | None:
-        """An app by the name it has in a path; of several single runs the newest."""
-        deployed = self._heads.get(name)
-        if deployed is not None and deployed.state is AppState.DEPLOYED:
-            return deployed
-        runs = [h for h in self._heads.values() if h.state is AppState.EPHEMERAL and h.name + DEV == name]
-        return max(runs, key=lambda head: head.deployed_at, default=None)
-
-    async def _record(self, head: AppHead, function: str) -> FunctionRecord | None:
-        version = head.functions.get(function)
-        if version is None:
-            return None
-        key = (head.app, function, version)
-        if key not in self._records:
-            found = await self._broker.registry.function(head.app, function)
-            self._records[key] = found if found is not None and found.spec.web is not None else None
-        return self._records[key]
 
 
 # --- one request -----------------------------------------------------------------------------------------------------
@@ -149,6 +74,7 @@ class Gateway:
 
     def __init__(self, broker: Broker, *, max_body: int = MAX_BODY) -> None:
         self.places = Places(broker)
+        self._tokens = Tokens(broker)
         self._broker = broker
         self._max_body = max_body
 
@@ -162,7 +88,10 @@ class Gateway:
             await _respond(Refused(503, "the mesh is not reached").response, scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        place = await self.places.find(scope["path"])
+        headers = dict(scope["headers"])
+        place = await self.places.find(scope["path"], _host(headers))
+        if place.protected:
+            await self._tokens.check(headers)
         if scope["path"] == place.root and _wants_page(scope):
             query = scope["query_string"].decode()
             response = RedirectResponse(f"{place.root}/{f'?{query}' if query else ''}", 307)
@@ -174,6 +103,12 @@ class Gateway:
             told["path"], told["raw_path"] = f"{place.root}/", scope["raw_path"] + b"/"
         visit = _Visit(self._broker, place, told, _limited(scope, receive, self._max_body), send)
         await visit.run()
+
+
+def _host(headers: Mapping[bytes, bytes]) -> str:
+    """The name of the host that a client asked for; empty for an address of IPv6."""
+    name = headers.get(b"host", b"").decode("latin1").lower()
+    return "" if name.startswith("[") else name.partition(":")[0]
 
 
 def _wants_page(scope: Scope) -> bool:
@@ -282,7 +217,9 @@ class _Visit:
         request = pack_request(self._scope, events, more=more)
         while True:
             try:
-                receipt = await self._broker.web.submit(place.app, place.function, call, request, more=more)
+                receipt = await self._broker.web.submit(
+                    *(place.app, place.function, place.method, call, request), more=more
+                )
             except NoResponders:
                 receipt = Receipt.AGAIN
             if receipt is Receipt.TAKEN:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mesh.exception import ServiceError
+from mesh.webspec import DEV
 
 if TYPE_CHECKING:
     from mesh.broker import Broker
 
 DEFAULT_PORT = 8700
-DEV = "-dev"  # what the name of an app of a single run ends with in a path: it hides no deployed one
 
 
 def path_of(app: str, name: str, function: str) -> str:

@@ -280,7 +280,7 @@ class Pool:
 
     def _read_ahead(self, container: Container) -> int:
         """Inputs a container may hold besides what it runs: where that is one, and short."""
-        answers = self.spec.may_yield or self.spec.web is not None  # as it goes on, to somebody who waits
+        answers = self.spec.may_yield or self.spec.webs  # as it goes on, to somebody who waits
         alone = container.max_inputs == 1 and self.spec.max_batch_size is None and not answers
         return _READ_AHEAD if alone and self._short and container.running_for < _HOSTAGE else 0
 
@@ -400,7 +400,7 @@ class Pool:
                 bundle=str(bundle) if bundle else "",
                 result_limit=self._worker.broker.connection.inline_limit - _RESULT_HEADERS,
                 max_inputs=container.max_inputs,
-                web=spec.web is not None,
+                web=bool(spec.webs),
             )
             variables, secrets = self._worker.container_variables(spec.env), await self._worker.secrets(spec)
             if container.stopping:  # asked to while its code was being fetched

@@ -196,6 +196,22 @@ class AutoscalerRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostRecord:
+    """Which function a host's name leads to, as far as that function is deployed and still asks for it."""
+
+    app: str
+    function: str
+
+    def encode(self) -> bytes:
+        return _dump({"app": self.app, "function": self.function})
+
+    @classmethod
+    def decode(cls, data: bytes) -> HostRecord:
+        with _reading(data, "the host's record") as fields:
+            return cls(**_known(cls, fields))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SecretRecord:
     """A secret: its variables, each sealed by itself, so that one can be replaced by who cannot read the others.
 

@@ -130,12 +130,12 @@ class Door:
 
     def attend(self, pool: Pool) -> None:
         """Listen for a pool from now on, or no more, as it is now."""
-        if pool.spec.web is not None or pool.key in self._listening:
+        if bool(pool.spec.webs) or pool.key in self._listening:
             self._worker.background.spawn(self._attend(pool))
 
     async def _attend(self, pool: Pool) -> None:
         async with self._changing:
-            wanted = pool.spec.web is not None and pool.is_open and pool.key.pool == SHARED_POOL
+            wanted = bool(pool.spec.webs) and pool.is_open and pool.key.pool == SHARED_POOL
             wanted = wanted and not self._worker.draining and self._worker.deployed.pools.get(pool.key) is pool
             if wanted and pool.key not in self._listening:
                 key = pool.key
@@ -165,7 +165,8 @@ class Door:
             pool.intake.accept(request)
 
     def _request(self, pool: Pool, arrival: Arrival) -> Request:
-        address = Address(pool.key.app, pool.key.function, pool.key.pool, arrival.call, 0)
+        function = f"{pool.key.function}.{arrival.method}" if arrival.method else pool.key.function
+        address = Address(pool.key.app, function, pool.key.pool, arrival.call, 0)
         lease = Lease(
             connection=self._worker.broker.connection,
             subject=arrival.subject,

@@ -262,7 +262,7 @@ class Function(Generic[P, R]):
                 f"{self._name!r} is a class: call a method of an instance of it, "
                 f"mesh.Cls.from_name({self._home.description!r}, {self._name!r})().{next(iter(spec.methods))}"
             )
-        if spec.web is not None:
+        if self._name in spec.webs:
             raise InvalidError(
                 f"{self._name!r} is a web function: it answers HTTP requests at {self._name}.get_web_url(), and cannot "
                 f"be called with .{kind}()"
@@ -517,8 +517,13 @@ class Function(Generic[P, R]):
         from mesh.place import web_url
 
         broker, target = await self._lookup()
-        if target.spec.web is None:
+        if self._name not in target.spec.webs:
             return None
+        if target.pool != SHARED_POOL:
+            raise InvalidError(
+                f"{self._name!r} answers requests in containers with the parameters and options of its source: ask for "
+                "get_web_url() of those"
+            )
         return await web_url(broker, target.pool_key.app, self._name)
 
     # --- what a handle says of itself --------------------------------------------------------------------------------

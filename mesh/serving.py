@@ -182,7 +182,7 @@ class Serving:
         first = run.live[0] if run.outcomes else run.works[0]
         context.current.set(Running(first.call, first.index, first.attempt, first.last_error, first.seq))
         function = self._code.function(first.method)
-        if self._requests is not None:
+        if self._requests is not None and first.method in self._code.answering:
             return functools.partial(self._requests.answer, first, function)
         return self._answers.call(run, function)
 

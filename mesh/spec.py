@@ -19,6 +19,7 @@ from mesh.exception import InvalidError
 from mesh.labels import check_labels, parse_gpu
 from mesh.parameters import Parameter
 from mesh.secretref import SecretRef, check_env
+from mesh.webspec import WebSpec
 
 DAY = 86_400.0
 MAX_RESULT_AGE = 7 * DAY  # how long Modal keeps the result of a spawn; the default of an environment here
@@ -282,17 +283,20 @@ class MethodSpec:
     """What a method of a class has for itself; everything else is the class's.
 
     Attributes:
-        is_generator: it yields.
+        is_generator: it yields. web: how it answers HTTP requests; `None` where it does not.
     """
 
     is_generator: bool = False
+    web: WebSpec | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"is_generator": True} if self.is_generator else {}
+        generator = {"is_generator": True} if self.is_generator else {}
+        return generator if self.web is None else {**generator, "web": self.web.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> MethodSpec:
-        return cls(is_generator=values.get("is_generator", False))
+        web = WebSpec.from_json(values["web"]) if "web" in values else None
+        return cls(is_generator=values.get("is_generator", False), web=web)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,7 +326,7 @@ class FunctionSpec:
             `env` last.
         methods: of a class, by name; `None` for a function. parameters: of a class that declares any, or nothing to
             construct it with; `None` for one with an `__init__` of its own, and for a function.
-        web: how it answers HTTP requests: `asgi`, `wsgi` or `fastapi`; `None` where it does not.
+        web: how it answers HTTP requests; `None` where it does not, and for a class, whose methods say it.
     """
 
     name: str
@@ -352,7 +356,7 @@ class FunctionSpec:
     methods: Mapping[str, MethodSpec] | None = None
     parameters: Mapping[str, Parameter] | None = None
     secrets: tuple[SecretRef, ...] = ()
-    web: str | None = None
+    web: WebSpec | None = None
 
     def __post_init__(self) -> None:
         check_name("function", self.name)
@@ -444,6 +448,14 @@ class FunctionSpec:
         """Whether it is a generator, or a class that has one among its methods."""
         return self.is_generator or any(method.is_generator for method in (self.methods or {}).values())
 
+    @property
+    def webs(self) -> dict[str, WebSpec]:
+        """What of it answers HTTP requests, by its name: the function itself, or methods of the class."""
+        if self.web is not None:
+            return {self.name: self.web}
+        methods = (self.methods or {}).items()
+        return {f"{self.name}.{name}": method.web for name, method in methods if method.web is not None}
+
     def yields(self, method: str = "") -> bool:
         """Whether the function, or a method of the class, is a generator."""
         return self.methods[method].is_generator if self.methods is not None else self.is_generator
@@ -468,6 +480,8 @@ class FunctionSpec:
             options["retries"] = Retries(**{name: retries[name] for name in Retries.__slots__ if name in retries})
         if "secrets" in options:
             options["secrets"] = tuple(SecretRef.from_json(secret) for secret in options["secrets"])
+        if options.get("web") is not None:
+            options["web"] = WebSpec.from_json(options["web"])
         for name, kind in _PARTS.items():
             if options.get(name) is not None:
                 options[name] = {key: kind.from_json(part) for key, part in options[name].items()}
@@ -483,4 +497,4 @@ def option_to_json(option: str, value: Any) -> Any:
         return [secret.to_json() for secret in value]
     if option in _PARTS:
         return {name: part.to_json() for name, part in value.items()}
-    return value.to_json() if isinstance(value, Retries) else value
+    return value.to_json() if isinstance(value, Retries | WebSpec) else value

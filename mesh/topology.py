@@ -207,6 +207,10 @@ class Topology:
         """A secret in `mesh_secrets`: by its name, or, where it came with source and has none, by its digest."""
         return f"named.{escape(name)}" if name else f"own.{digest}"
 
+    def host_key(self, host: str) -> str:
+        """Which function a host's name leads to, in the bucket of functions."""
+        return f"web.host.{escape(host)}"
+
     def head_key(self, app: str) -> str:
         return escape(app)
 

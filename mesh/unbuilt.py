@@ -100,11 +100,6 @@ def forward(*args: Any, **options: Any) -> Any:
     _refuse("forward")
 
 
-def web_server(*args: Any, **options: Any) -> Any:
-    """Not built yet."""
-    _refuse("web_server")
-
-
 def web_endpoint(*args: Any, **options: Any) -> Any:
     """Gone from Modal, too: the name is `fastapi_endpoint`."""
     from mesh.exception import DeprecationError

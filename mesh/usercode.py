@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ class UserCode:
     Attributes:
         functions: by the name of the method; a plain function's is empty.
         enter, exit: what runs before the first input, and after the last; each of them may be async.
+        answering: names of those functions that answer requests.
     """
 
     functions: Mapping[str, Callable[..., Any]]
     enter: Sequence[Callable[[], Any]] = ()
     exit: Sequence[Callable[[], Any]] = ()
+    answering: Collection[str] = ()
 
     def function(self, method: str) -> Callable[..., Any]:
         """What an input is given to.
@@ -55,21 +57,26 @@ def load(start: Start) -> UserCode:
         NeverStartsError: the class cannot be constructed with the arguments of its pool.
     """
     found = _find(start)
-    if start.web:
-        return _site(found, start)
-    return _instance(found, start) if isinstance(found, type) else UserCode(functions={"": found})
+    code = _instance(found, start) if isinstance(found, type) else UserCode(functions={"": found})
+    return _with_sites(code, start) if start.web else code
 
 
-def _site(found: Callable[..., Any], start: Start) -> UserCode:
-    """The application of a web function, and its lifespan."""
-    from mesh.asgi import site
+def _with_sites(code: UserCode, start: Start) -> UserCode:
+    """The same, its web functions replaced by what answers requests. Applications are made after the enter hooks."""
+    from mesh.site import Site
     from mesh.web import web_of
 
-    web = web_of(found)
-    if web is None:
+    found = {name: (function, web_of(function)) for name, function in code.functions.items()}
+    sites = {name: Site(raw, web, start.max_inputs) for name, (raw, web) in found.items() if web is not None}
+    if not sites:
         raise ExecutionError(f"{start.function!r} was deployed as a web function, and has no web decorator here")
-    made = site(found, web, start.max_inputs)
-    return UserCode(functions={"": made.respond}, enter=[made.begin], exit=[made.end])
+    begun = [hook for site in sites.values() for hook in (site.make, site.begin)]
+    return UserCode(
+        functions={**code.functions, **{name: site.respond for name, site in sites.items()}},
+        enter=[*code.enter, *begun],
+        exit=[*(site.end for site in sites.values()), *code.exit],
+        answering=frozenset(sites),
+    )
 
 
 def _instance(cls: type, start: Start) -> UserCode:

@@ -262,6 +262,32 @@ class Mesh:
         sys.path[:] = [entry for entry in sys.path if not entry.startswith(str(self.directory))]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def gateway(mesh: Mesh, *arguments: str) -> Iterator[str]:
+    """A gateway in a process of its own; gives its address."""
+    ours, theirs = socket.socketpair()
+    port = free_port()
+    command = [sys.executable, "-m", "mesh", "gateway", "--port", str(port), "--ready-fd", str(theirs.fileno())]
+    with (mesh.directory / f"gateway-{port}.log").open("wb") as log, ours:
+        process = subprocess.Popen(
+            [*command, *arguments], env=mesh.variables, stdout=log, stderr=log, pass_fds=(theirs.fileno(),)
+        )
+        theirs.close()
+        try:
+            ours.settimeout(30)
+            assert ours.recv(1), "the gateway has ended"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
+
+
 @dataclass
 class Ledger:
     """A file that functions write a line into, to count what really ran. One write is one line, whoever writes."""

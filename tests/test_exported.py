@@ -166,7 +166,7 @@ CLASSES = words("""
     Client CloudBucketMount Dict Environment NetworkFileSystem Proxy Queue Sandbox Tunnel Volume Workspace billing
 """)
 FUNCTIONS = words("""
-    forward web_server
+    forward
 """)
 
 

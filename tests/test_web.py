@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,10 +20,11 @@ import pytest
 
 import mesh as mesh_api
 from mesh import client, web
-from mesh.exception import InvalidError, UnimplementedError
+from mesh.exception import InvalidError
 from mesh.server import NatsServer
 from mesh.spec import FunctionSpec
-from tests.support import Mesh, new_mesh, until
+from mesh.webspec import WebSpec
+from tests.support import Mesh, gateway, new_mesh, until
 
 SITE = '''
 import asyncio, json, os, time
@@ -147,32 +147,6 @@ def plain(): ...
 
 def site_source(mesh: Mesh, timeout: int) -> str:
     return SITE.replace("OPTIONS", f"timeout={timeout}, env={{'LEDGER': {str(mesh.directory / 'ledger')!r}}}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def gateway(mesh: Mesh, *arguments: str) -> Iterator[str]:
-    """A gateway in a process of its own; gives its address."""
-    ours, theirs = socket.socketpair()
-    port = free_port()
-    command = [sys.executable, "-m", "mesh", "gateway", "--port", str(port), "--ready-fd", str(theirs.fileno())]
-    with (mesh.directory / f"gateway-{port}.log").open("wb") as log, ours:
-        process = subprocess.Popen(
-            [*command, *arguments], env=mesh.variables, stdout=log, stderr=log, pass_fds=(theirs.fileno(),)
-        )
-        theirs.close()
-        try:
-            ours.settimeout(30)
-            assert ours.recv(1), "the gateway has ended"
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            assert process.wait(30) == 0
 
 
 @pytest.fixture(scope="module")
@@ -537,9 +511,15 @@ def test_options_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InvalidError, match="method must be one of"):
         mesh_api.fastapi_endpoint(method="FETCH")
     with pytest.raises(InvalidError, match="retries cannot be used on the web function"):
-        FunctionSpec(name="f", web="asgi", retries=mesh_api.Retries(max_retries=1))
-    with pytest.raises(UnimplementedError, match="label"):
-        mesh_api.asgi_app(label="x")
+        FunctionSpec(name="f", web=WebSpec(kind="asgi"), retries=mesh_api.Retries(max_retries=1))
+    with pytest.raises(InvalidError, match="label must be 1 to 63 small letters"):
+        mesh_api.asgi_app(label="My_Page")
+    with pytest.raises(InvalidError, match="custom_domains must be a list of names"):
+        mesh_api.wsgi_app(custom_domains="jobs.example.com")
+    with pytest.raises(InvalidError, match="web_server needs a port"):
+        mesh_api.web_server(raw)  # type: ignore[arg-type]
+    with pytest.raises(InvalidError, match="port must be a whole number from 0 to 65535"):
+        mesh_api.web_server(70_000)
 
     @mesh_api.asgi_app()
     def once() -> None: ...
@@ -548,9 +528,23 @@ def test_options_that_make_no_sense_are_refused() -> None:
         mesh_api.wsgi_app()(once)
 
 
-def test_a_method_cannot_answer_yet() -> None:
-    with pytest.raises(UnimplementedError, match="on methods of a class is not built yet"):
+def test_a_class_whose_parameters_are_needed_cannot_answer() -> None:
+    app = mesh_api.App()
 
-        class Model:
-            @mesh_api.asgi_app()
-            def page(self) -> None: ...
+    class Model:
+        size: str = mesh_api.parameter()
+
+        @mesh_api.asgi_app()
+        def page(self) -> None: ...
+
+    with pytest.raises(InvalidError, match="has a web method, whose requests bring nothing to construct it with"):
+        app.cls(serialized=True)(Model)
+
+
+def test_labels_are_made_of_names_and_fit_into_a_host() -> None:
+    web = WebSpec(kind="asgi", domains=("jobs.example.com",))
+    assert web.hosts("My.Shop", "My.Shop", "Model.ask_me") == ["my-shop-model-ask-me", "jobs.example.com"]
+    assert web.hosts("ap-1", "shop", "f") == ["shop-f-dev"]
+    long = web.hosts("a" * 64, "", "f")[0]
+    assert (len(long), long[:54]) == (63, "a" * 54)
+    assert web.hosts("a" * 64, "", "g")[0] != long

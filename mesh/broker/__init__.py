@@ -30,6 +30,7 @@ from mesh.broker.consumers import Consumers
 from mesh.broker.dead import Dead
 from mesh.broker.fleet import Attempts, Clients, Locks, Runs, Workers
 from mesh.broker.flows import Flows
+from mesh.broker.hosts import Hosts
 from mesh.broker.leases import Lease, Puller
 from mesh.broker.pools import Pools
 from mesh.broker.registry import Registry
@@ -69,6 +70,7 @@ class Broker:
         self.cancels = Cancels(connection, topology)
         self.flows = Flows(connection, topology)
         self.web = Web(connection, topology)
+        self.hosts = Hosts(connection, topology)
         self.dead = Dead(connection, topology)
         self.registry = Registry(connection, topology)
         self.pools = Pools(connection, topology)

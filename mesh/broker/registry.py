@@ -142,11 +142,17 @@ class Registry:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    async def publish(self, head: AppHead, records: Sequence[FunctionRecord], expected: int) -> None:
+    async def publish(
+        self,
+        head: AppHead,
+        records: Sequence[FunctionRecord],
+        expected: int,
+        beside: Sequence[tuple[str, bytes, Headers]] = (),
+    ) -> None:
         """Write a deployment: its records, then its head, all or nothing.
 
         Args:
-            expected: sequence of the head this one follows, 0 for none.
+            expected: sequence of the head this one follows, 0 for none. beside: what is written with them.
 
         Raises:
             ConflictError: another deployment of the app came in between; nothing was written.
@@ -154,6 +160,7 @@ class Registry:
         messages: list[tuple[str, bytes, Headers]] = [
             (self._bucket.subject(self._topology.function_key(r.app, r.spec.name)), r.encode(), {}) for r in records
         ]
+        messages += beside
         condition = {"Nats-Expected-Last-Subject-Sequence": str(expected)}
         subject = self._bucket.subject(self._topology.head_key(head.app))
         async with translated(f"deploying {head.name}"):

@@ -23,6 +23,7 @@ GATEWAY_TTL = 30.0  # seconds a gateway is taken as alive after it last said so
 RENEW_GATEWAY = 10.0  # seconds between two such signs
 
 _KEY = "gateway-"  # in the bucket of slots, whose own keys have dots
+_TOKEN = "proxy-token."  # in the bucket of what is about the environment
 _WORKERS = "workers"  # the group
 
 
@@ -42,6 +43,7 @@ class Arrival:
     subject: str
     inbox: str
     call: str
+    method: str  # of a class
     has_more: bool
     body: bytes
 
@@ -68,16 +70,19 @@ class Web:
         self._connection = connection
         self._topology = topology
         self._bucket = Bucket(connection, topology, "slots")
+        self._meta = Bucket(connection, topology, "meta")
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    async def submit(self, app: str, function: str, call: str, body: bytes, *, more: bool) -> Receipt:
+    async def submit(self, app: str, function: str, method: str, call: str, body: bytes, *, more: bool) -> Receipt:
         """Give a request to a worker. Listen to its answer, the flow out of `call`, before this.
 
         Raises:
             NoResponders: no worker runs this function. Unanswered: the server is away.
         """
         headers = {"Mesh-Call": call, **({"Mesh-More": "1"} if more else {})}
+        if method:
+            headers["Mesh-Method"] = method
         answer = await self._connection.request(self._topology.web_subject(app, function), body, headers)
         return Receipt(answer.data.decode())
 
@@ -88,7 +93,8 @@ class Web:
             headers = message.headers or {}
             call, more = headers.get("Mesh-Call", ""), "Mesh-More" in headers
             if is_call_id(call):
-                await on_arrival(Arrival(self._connection, message.subject, message.reply, call, more, message.data))
+                method, about = headers.get("Mesh-Method", ""), (message.subject, message.reply)
+                await on_arrival(Arrival(self._connection, *about, call, method, more, message.data))
 
         subject = self._topology.web_subject(app, function)
         return Listening(await self._connection.subscribe(subject, deliver, queue=_WORKERS))
@@ -107,3 +113,18 @@ class Web:
         """The URLs of the gateways that are alive."""
         keys = [key for key in await self._bucket.keys("*") if key.startswith(_KEY)]
         return sorted(stored.body.decode() for stored in (await self._bucket.get_many(keys)).values()) if keys else []
+
+    # --- proxy tokens ------------------------------------------------------------------------------------------------
+
+    async def tokens(self) -> dict[str, str]:
+        """The digests of the secrets of proxy tokens, by key."""
+        found = await self._meta.all(_TOKEN + "*")
+        return {key.removeprefix(_TOKEN): stored.body.decode() for key, stored in found.items()}
+
+    async def add_token(self, key: str, digest: str) -> None:
+        await self._meta.put(_TOKEN + key, digest.encode())
+
+    async def remove_token(self, key: str) -> bool:
+        """Forget a token; false if there was none."""
+        found = await self._meta.get(_TOKEN + key)
+        return found is not None and await self._meta.delete(found.sequence)

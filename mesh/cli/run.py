@@ -23,8 +23,8 @@ from mesh.cli.render import ExitCode, exit_code, say, say_error, say_exception
 from mesh.config import NO_SERVER, Settings
 from mesh.deploy import Deployment, ImportFailed
 from mesh.exception import ConflictError, ConnectionError, Error, InvalidError, ServiceError, UnimplementedError
-from mesh.place import path_of
-from mesh.sdk import Function
+from mesh.place import path_of, web_url
+from mesh.spec import FunctionSpec
 
 Ref = Annotated[str, typer.Argument(help="file.py, or file.py::name.", metavar="REF")]
 AsModule = Annotated[bool, typer.Option("-m", help="REF is a module, such as package.module.")]
@@ -112,10 +112,19 @@ def say_app(app: App) -> None:
     for name, function in sorted(app.registered_functions.items()):
         if function.spec.web is None:
             say(f"[dim]├[/] function {name}")
-        else:
-            say(f"[dim]├[/] web function {name} → [bold]{function.get_web_url()}[/]")
     for name, cls in sorted(app.registered_classes.items()):
         say(f"[dim]├[/] class {name} [dim]({', '.join(cls.spec.methods or ())})[/]")
+    functions, classes = app.registered_functions.values(), app.registered_classes.values()
+    for spec in (*(f.spec for f in functions), *(c.spec for c in classes)):
+        _say_webs(str(app.app_id), app.description, spec)
+
+
+def _say_webs(app: str, name: str, spec: FunctionSpec) -> None:
+    """Show where on the web a function is, or what of a class is."""
+    for function, web in spec.webs.items():
+        own = web.hosts(app, name, function) if web.label or web.domains else []
+        hosts = f" [dim](or, by name, {', '.join(own)})[/]" if own else ""
+        say(f"[dim]├[/] web function {function} → [bold]{_web_url(app, name, function)}[/]{hosts}")
 
 
 def _call(runnable: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -217,8 +226,7 @@ def _say_deployment(deployment: Deployment, seconds: float) -> None:
         how = f"by value, for Python {record.code.python} only" if record.code.by_value else record.code.module
         kind = "function" if record.spec.methods is None else "class"
         say(f"[dim]├[/] {kind} {record.spec.name} [dim]({how}, {record.version[:12]})[/]")
-        if record.spec.web is not None:
-            say(f"[dim]│[/]   → [bold]{_web_url(record.app, record.spec.name)}[/]")
+        _say_webs(head.app, head.name, record.spec)
     for gone in deployment.removed:
         say(f"[dim]├[/] [yellow]removed {gone}[/]: it takes no more calls, its queued ones fail")
     if deployment.changed:
@@ -227,12 +235,16 @@ def _say_deployment(deployment: Deployment, seconds: float) -> None:
         say(f"[green]✓[/] {head.name} has not changed: version {head.version} stays ({seconds:.2f} s)")
 
 
-def _web_url(app: str, function: str) -> str:
+def _web_url(app: str, name: str, function: str) -> str:
     """Where a web function is; what to do where no gateway runs."""
+
+    async def read() -> str:
+        return await web_url(await client.broker(), app, function)
+
     try:
-        return str(Function.from_name(app, function).get_web_url())
+        return bridge().run(read())
     except ServiceError as error:
-        return f"{path_of(app, app, function)}, below the address of a gateway ({error})"
+        return f"{path_of(app, name, function)}, below the address of a gateway ({error})"
 
 
 def register(app: typer.Typer) -> None:

@@ -19,11 +19,11 @@ from mesh.app import App
 from mesh.broker import Broker, translated
 from mesh.cli.entry import Reference, find_app
 from mesh.cli.log import set_up_logging
-from mesh.cli.options import Env, Url
-from mesh.cli.render import say, say_error
+from mesh.cli.options import Env, Json, Url, with_broker
+from mesh.cli.render import print_json, print_table, say, say_error
 from mesh.cli.run import AsModule, Ref, gateway_for_app, import_errors, say_app, usable_server
 from mesh.config import Settings, parse_size
-from mesh.exception import Error, InvalidError
+from mesh.exception import Error, InvalidError, NotFoundError
 from mesh.source import Source
 
 
@@ -76,6 +76,42 @@ def _gateway(
             await broker.close()
 
     background.run(work())
+
+
+tokens = typer.Typer(help="Tokens that open web functions with requires_proxy_auth=True.", no_args_is_help=True)
+
+
+@tokens.command()
+def create(env: Env = None, url: Url = None, json: Json = False) -> None:
+    """Make a token. Its secret is shown this once: only a digest of it is kept."""
+    from mesh.places import digest_of, new_token  # with starlette, which takes its time
+
+    key, secret = new_token()
+    with_broker(env, url, lambda broker: broker.web.add_token(key, digest_of(secret)))
+    if json:
+        print_json({"key": key, "secret": secret})
+    else:
+        say(f"[green]✓[/] send these headers:\nMesh-Key: {key}\nMesh-Secret: {secret}")
+
+
+@tokens.command("list")
+def list_tokens(env: Env = None, url: Url = None, json: Json = False) -> None:
+    """List the keys of tokens."""
+    keys = sorted(with_broker(env, url, lambda broker: broker.web.tokens()))
+    if json:
+        print_json([{"key": key} for key in keys])
+    else:
+        print_table(("Key",), [(key,) for key in keys], "there is no token; `mesh proxy-token create` makes one")
+
+
+@tokens.command()
+def delete(
+    key: Annotated[str, typer.Argument(help="Its key.", metavar="KEY")], env: Env = None, url: Url = None
+) -> None:
+    """Forget a token: within five seconds it opens nothing any more."""
+    if not with_broker(env, url, lambda broker: broker.web.remove_token(key)):
+        raise NotFoundError(f"there is no proxy token {key!r}; `mesh proxy-token list` shows those that there are")
+    say(f"[green]✓[/] {key} is forgotten")
 
 
 def _serve(
@@ -144,4 +180,5 @@ def _ended_by_sigterm() -> Generator[None]:
 def register(root: typer.Typer) -> None:
     """Add the commands."""
     root.command("gateway")(_gateway)
+    root.add_typer(tokens, name="proxy-token")
     root.command("serve")(_serve)
