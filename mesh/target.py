@@ -93,6 +93,7 @@ async def lookup_failed(broker: Broker, app: str, name: str) -> str:
     where = f"environment {broker.topology.environment!r}"
     head, _ = await broker.registry.head(app)
     if head is None:
-        return f"Lookup failed for Function {name!r} from the {app!r} app: no app of this name is deployed in {where}"
+        why = f"no app of this name is deployed in {where}; `mesh deploy FILE` deploys one"
+        return f"Lookup failed for Function {name!r} from the {app!r} app: {why}"
     names = ", ".join(sorted(head.functions)) or "no functions"
     return f"Lookup failed for Function {name!r} from the {app!r} app: it has {names} ({where}, version {head.version})"

@@ -43,11 +43,6 @@ def test_the_code_of_the_readme_runs(own_mesh: Callable[..., Mesh]) -> None:
     assert value == "{'result': {'n': 1}}"
 
 
-def test_the_example_with_classes_runs(mesh: Mesh) -> None:
-    shown = mesh.cli("run", "-q", str(ROOT / "examples" / "translator.py")).stdout.splitlines()
-    assert {"one call: Katze", "streamed: Katze and Hund", "batched: [1, 2, 3]", "patient: Hund"} <= set(shown)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

@@ -1,4 +1,4 @@
-"""Installs what the system tests need and a Python environment cannot hold. As root, on Debian, with Go."""
+"""Installs what the system tests need. As root, on Debian, with Go."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-PLACE = Path(__file__).resolve().parent.parent.parent / ".dev" / "bin"
-PACKAGES = ["iproute2", "strace", "systemd", "tmux"]
+ROOT = Path(__file__).resolve().parent.parent.parent
+PLACE = ROOT / ".dev" / "bin"
+PACKAGES = {  # of Debian, by a program of each
+    "chromium": "chromium",
+    "curl": "curl",
+    "ip": "iproute2",
+    "strace": "strace",
+    "systemd-analyze": "systemd",
+    "tesseract": "tesseract-ocr",
+    "tmux": "tmux",
+}
 
 
 def run(*command: str, **variables: str) -> None:
@@ -18,11 +27,8 @@ def run(*command: str, **variables: str) -> None:
 
 
 def main() -> int:
-    missing = [
-        package
-        for package, program in zip(PACKAGES, ("ip", "strace", "systemd-analyze", "tmux"), strict=True)
-        if not shutil.which(program)
-    ]
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[system]")
+    missing = [package for program, package in PACKAGES.items() if not shutil.which(program)]
     if missing:
         if os.geteuid() != 0:
             print(f"the system tests need {', '.join(missing)}: install them, or run this as root", file=sys.stderr)
