@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import AsyncIterable, Collection, Iterable
 
-from mesh.broker.connection import (
-    EXHAUSTED,
-    WRONG_LAST_SEQUENCE,
-    Connection,
-    Stored,
-    StoreError,
-    Unanswered,
-    translated,
-)
-from mesh.broker.room import Room
-from mesh.exception import ConnectionError, InvalidError, RequestSizeError, VersionError
+from mesh.broker.connection import Connection, Stored
+from mesh.broker.submitting import Submission, Submitter, Tell
+from mesh.exception import InvalidError, VersionError
 from mesh.protocol import Address, Input, PoolKey, parse_time, token_of
 from mesh.topology import Topology
 
-_ONE_TRY = 5.0  # seconds one publish waits for its answer before it is repeated
 _LISTED = 256  # messages in one read of a listing
 
 
@@ -31,8 +19,7 @@ class Calls:
     def __init__(self, connection: Connection, topology: Topology, submit_timeout: float) -> None:
         self._connection = connection
         self._topology = topology
-        self._submit_timeout = submit_timeout
-        self._room = Room(connection, topology)
+        self._submitter = Submitter(connection, topology, submit_timeout)
 
     async def submit(self, input: Input) -> None:
         """Store one input; returns once the server has it.
@@ -45,47 +32,26 @@ class Calls:
             RequestSizeError: it is too large for a message.
             ConnectionError: no answer within `submit_timeout`; it may have been accepted.
         """
-        self._check_size(input)
-        subject = self._topology.call_subject(input.address)
-        deadline = time.monotonic() + self._submit_timeout
-        doing = f"submitting {input.address.path}"
-        async with translated(doing):
-            await self._room.check(doing)
-            while True:
-                try:
-                    await self._publish(subject, input, min(_ONE_TRY, deadline - time.monotonic()))
-                    return
-                except StoreError as error:
-                    if error.code in EXHAUSTED:
-                        raise await self._room.refused(doing, error) from error
-                    raise
-                except Unanswered as error:
-                    if time.monotonic() >= deadline:
-                        raise ConnectionError(
-                            f"call {input.address.call} to {input.address.path}: no answer from the server within "
-                            f"{self._submit_timeout:g} s ({error}); it may have been accepted"
-                        ) from error
-                    input = replace(input, resubmit=True)
-                    await asyncio.sleep(0.05)
+        await self._submitter.submit(input)
 
-    async def _publish(self, subject: str, input: Input, timeout: float) -> None:
-        headers = input.headers()
-        headers["Nats-Msg-Id"] = input.address.key
-        headers["Nats-Expected-Last-Subject-Sequence"] = "0"
-        try:
-            await self._connection.store(subject, input.body, headers, timeout=max(timeout, 0.1))
-        except StoreError as error:
-            if error.code != WRONG_LAST_SEQUENCE:  # which says that it is queued already: an earlier try arrived
-                raise
+    async def submit_many(self, inputs: Iterable[Input] | AsyncIterable[Input], tell: Tell | None = None) -> int:
+        """Store many inputs, some thousands of them under way at once; returns how many were accepted.
 
-    def _check_size(self, input: Input) -> None:
-        limit = self._connection.inline_limit
-        size = len(input.body) + sum(len(k) + len(v) + 4 for k, v in input.headers().items())
-        if size > limit:
-            raise RequestSizeError(
-                f"the arguments of this call to {input.address.path} take {len(input.body):,} bytes; the limit is "
-                f"{limit:,}: pass a path or a key to where the data is"
-            )
+        Inputs are read as there is room for them, so memory stays flat however many there are, and the iterable may be
+        endless; one that blocks belongs in a thread, behind an asynchronous iterator. They need not be of one call.
+
+        Args:
+            tell: called for each input that was read, once, in no order: with `None` when the server has it, else with
+                what `submit` would have raised. Without it the first such error ends everything.
+
+        What concerns one input only, such as its size, goes to `tell` alone. Everything else, such as a full queue,
+        also ends the submission: no more is read, what is under way is waited for and told, and then it is raised.
+        What was not accepted can be submitted again, marked `resubmit` where `tell` was given a `ConnectionError`.
+
+        Raises:
+            As `submit`; and what the iterable raises. If cancelled, what was read may still be accepted.
+        """
+        return await Submission(self._submitter, tell).run(inputs)
 
     async def find(self, call: str, index: int = 0, *, at: Address | None = None) -> Stored | None:
         """The message of an input that has not ended; `None` if there is none. Faster where its address is known."""
