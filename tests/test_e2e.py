@@ -9,6 +9,7 @@ import pytest
 
 import mesh as modal
 from mesh import Function, FunctionCall
+from mesh.broker.registry import Registry
 from mesh.exception import ExecutionError, NotFoundError, NotReadyError, RequestSizeError, SerializationError
 from tests.support import Mesh
 
@@ -235,3 +236,21 @@ def test_run_an_app_for_a_block(mesh: Mesh) -> None:
             return await module.double.remote.aio(5)
 
     assert asyncio.run(use()) == 10
+
+
+def test_many_first_calls_look_the_function_up_once(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs(mesh, "first-calls")
+    reads, read = list[str](), Registry.function
+
+    async def count(self: Registry, app: str, function: str) -> object:
+        reads.append(function)
+        return await read(self, app, function)
+
+    monkeypatch.setattr(Registry, "function", count)
+    double = Function.from_name("first-calls", "double")
+
+    async def all_at_once() -> list[int]:
+        return await asyncio.gather(*(double.remote.aio(n) for n in range(50)))
+
+    assert asyncio.run(all_at_once()) == [2 * n for n in range(50)]
+    assert reads == ["double"]

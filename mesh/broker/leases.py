@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from mesh.broker.connection import Connection, Headers, status
+from mesh.broker.lines import Incoming
 from mesh.exception import InvalidError, VersionError
 from mesh.protocol import Address, Input
 from mesh.topology import Topology
@@ -135,7 +135,7 @@ class Puller:
 
     async def start(self) -> None:
         self._inbox = self._connection.new_inbox()
-        self._subscription = await self._connection.subscribe(f"{self._inbox}.*", self._on_message)
+        self._subscription = await self._connection.listen(f"{self._inbox}.*", self._on_message)
 
     async def stop(self) -> None:
         """Ask for nothing more; returns when everything the server sent before has been handed on."""
@@ -195,7 +195,7 @@ class Puller:
                 demand.outstanding = 0
                 self._on_void(consumer, "silent")
 
-    async def _on_message(self, message: Msg) -> None:
+    def _on_message(self, message: Incoming) -> None:
         if message.reply.startswith("$JS.ACK."):
             lease = self._lease(message)
             demand = self._demands.get(lease.consumer)
@@ -206,12 +206,12 @@ class Puller:
         else:
             self._on_status(message.subject.removeprefix(f"{self._inbox}."), message)
 
-    def _on_status(self, consumer: str, message: Msg) -> None:
+    def _on_status(self, consumer: str, message: Incoming) -> None:
         demand = self._demands.get(consumer)
         if demand is None:
             return
         demand.heard = time.monotonic()
-        code, headers = status(message), message.headers or {}
+        code, headers = status(message), message.headers
         if code == "100":  # a heartbeat changes nothing
             return
         description = headers.get("Description", "")
@@ -223,7 +223,7 @@ class Puller:
         demand.outstanding = 0 if pending is None else max(0, demand.outstanding - int(pending))
         self._on_void(consumer, description or code)
 
-    def _lease(self, message: Msg) -> Lease:
+    def _lease(self, message: Incoming) -> Lease:
         stream_and_on = message.reply.split(".")[2:]
         if len(stream_and_on) > 7:  # version 2 of the ack subject has the domain and the account first
             stream_and_on = stream_and_on[2:]
@@ -237,7 +237,7 @@ class Puller:
             sequence=int(sequence),
             stored=int(stored) / 1e9,
             pending=int(pending),
-            headers=message.headers or {},
+            headers=message.headers,
             body=message.data,
         )
         lease.decode(self._topology)

@@ -12,8 +12,6 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable
 
-from nats.aio.msg import Msg
-
 from mesh.broker.connection import (
     REQUEST_TIMEOUT,
     Connection,
@@ -24,6 +22,7 @@ from mesh.broker.connection import (
     checked,
     status,
 )
+from mesh.broker.lines import Incoming
 from mesh.exception import ClientClosed
 
 _WINDOW = 2_000  # messages under way, beyond which whoever has many waits
@@ -55,7 +54,7 @@ class Message(Waiting):
         PermissionDeniedError."""
         raise NotImplementedError
 
-    def answered(self, message: Msg) -> bool:
+    def answered(self, message: Incoming) -> bool:
         self.publisher.landed(self, _refusal(message, self.subject))
         return True
 
@@ -90,7 +89,7 @@ class _Batch(Waiting):
         super().__init__(members[-1].subject, 2 * max(member.timeout for member in members))
         self.members = members
 
-    def answered(self, message: Msg) -> bool:
+    def answered(self, message: Incoming) -> bool:
         error = _refusal(message, self.subject)
         if error is None:
             for member in self.members:
@@ -210,7 +209,7 @@ class Publisher:
             connection.send(member.subject, member.body, member.headers + mark.encode(), reply if last else "")
 
 
-def _refusal(answer: Msg, subject: str) -> Exception | None:
+def _refusal(answer: Incoming, subject: str) -> Exception | None:
     """Why a message was not stored; `None` if it was."""
     if answer.data.startswith(_FINE):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -37,6 +38,7 @@ class Registry:
         self._topology = topology
         self._bucket = Bucket(connection, topology, "functions")
         self._known: dict[tuple[str, str], tuple[FunctionRecord, float]] = {}
+        self._learning: dict[tuple[str, str], asyncio.Future[FunctionRecord | None]] = {}
         self._background = Background()
         self.code = CodeStore(connection, topology)
 
@@ -51,12 +53,22 @@ class Registry:
         """`function`, from memory where that is fresh enough (or read `anew`): what a caller needs to submit."""
         record, read = self._known.get((app, function), (None, 0.0))
         age = time.monotonic() - read
-        if record is None or anew or age > _STALE:
+        if anew:
             return await self._learn(app, function)
+        if record is None or age > _STALE:
+            return await self._learn_together(app, function)
         if age > _FRESH:
             self._known[app, function] = (record, time.monotonic() - _FRESH / 2)  # one re-read at a time
             self._background.spawn(self._learn_quietly(app, function))
         return record
+
+    async def _learn_together(self, app: str, function: str) -> FunctionRecord | None:
+        """Read it once for all who ask meanwhile: a thousand calls may be the first ones."""
+        key = app, function
+        if key not in self._learning:
+            self._learning[key] = reading = asyncio.ensure_future(self._learn(app, function))
+            reading.add_done_callback(lambda _: self._learning.pop(key, None))
+        return await asyncio.shield(self._learning[key])
 
     async def _learn(self, app: str, function: str) -> FunctionRecord | None:
         async with translated(f"looking up function {function!r} of app {app!r}"):

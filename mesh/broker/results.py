@@ -7,12 +7,12 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from mesh.background import Background
 from mesh.broker.bucket import Bucket
 from mesh.broker.connection import Connection, NoResponders, Stored, StoreError, Unanswered
+from mesh.broker.lines import Incoming
 from mesh.exception import Error
 from mesh.protocol import Result, token_of
 from mesh.topology import Topology
@@ -156,7 +156,7 @@ class Results:
     async def _listen(self, subject: str, entry: _Subject) -> None:
         async with entry.lock:
             if entry.subscription is None:
-                entry.subscription = await self._connection.subscribe(subject, self._on_done)
+                entry.subscription = await self._connection.listen(subject, self._on_done)
 
     def _drop(self, subject: str, entry: _Subject) -> None:
         if not entry.waiters and self._subjects.get(subject) is entry and entry.subscription is not None:
@@ -164,14 +164,14 @@ class Results:
             if not self._connection.is_closed:
                 self._background.spawn(entry.subscription.unsubscribe())
 
-    async def _on_done(self, message: Msg) -> None:
+    def _on_done(self, message: Incoming) -> None:
         _, head, token, index = message.subject.rsplit(".", 3)
-        self._resolve(f"{head}{token}.{index}", message.headers or {}, message.data)
+        key = f"{head}{token}.{index}"
+        if key in self._waiting:  # else its headers are not even parsed
+            self._resolve(key, message.headers, message.data)
 
     def _resolve(self, key: str, headers: Mapping[str, str], body: bytes) -> None:
         waiting = [waiter.future for waiter in self._waiting.get(key, ()) if not waiter.future.done()]
-        if not waiting:
-            return  # not even parsed
         try:
             result = Result.decode(headers, body)
         except Error as error:

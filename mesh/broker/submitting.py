@@ -16,9 +16,9 @@ from mesh.broker.connection import (
     NoResponders,
     StoreError,
     Unanswered,
-    encode_headers,
     translated,
 )
+from mesh.broker.lines import encode_headers
 from mesh.broker.publishing import Message, Publisher
 from mesh.broker.room import Room
 from mesh.exception import ConnectionError, Error, RequestSizeError
