@@ -19,6 +19,7 @@ from mesh.context import (
 )
 from mesh.decorators import batched, concurrent
 from mesh.exception import Error
+from mesh.image import Image
 from mesh.sdk import Function
 from mesh.secret import Secret
 from mesh.spec import Cron, Period, Retries
@@ -27,7 +28,6 @@ from mesh.unbuilt import (
     CloudBucketMount,
     Dict,
     Environment,
-    Image,
     NetworkFileSystem,
     Proxy,
     Queue,

@@ -16,6 +16,7 @@ from mesh.apprun import AppRun, refuse_in_container
 from mesh.cls import Cls, describe_class, parameter
 from mesh.decorators import function_options
 from mesh.exception import InvalidError, NotFoundError, UnimplementedError
+from mesh.image import Image
 from mesh.options import read_options
 from mesh.sdk import Function
 from mesh.secret import Secret
@@ -104,7 +105,7 @@ class App:
         name: str | None = None,
         *,
         tags: Mapping[str, str] | None = None,
-        image: object = None,
+        image: Image | None = None,
         secrets: Sequence[Secret] = (),
         volumes: Mapping[str, object] | None = None,
         include_source: bool = True,
@@ -196,7 +197,7 @@ class App:
     def function(
         self,
         *args: Any,
-        image: object = None,
+        image: Image | None = None,
         schedule: Cron | Period | None = None,
         env: Mapping[str, str | None] | None = None,
         secrets: Sequence[Secret] = (),
@@ -273,9 +274,9 @@ class App:
         """
         if args:
             raise InvalidError("did you forget the parentheses? Write @app.function(), not @app.function")
-        secrets = [*self._secrets, *secrets]
+        secrets, image = [*self._secrets, *secrets], image or self._image
         options = read_options("@app.function", locals(), old)
-        unbuilt = self._unbuilt_options(image, schedule, volumes)
+        unbuilt = self._unbuilt_options(schedule, volumes)
         frame = sys._getframe(1)
 
         def decorate(raw: Callable[..., Any]) -> Function[Any, Any]:
@@ -294,12 +295,11 @@ class App:
 
         return decorate
 
-    def _unbuilt_options(self, image: object, schedule: object, volumes: object) -> str:
+    def _unbuilt_options(self, schedule: object, volumes: object) -> str:
         """Options that would change what the function does and are not built: refused when it is deployed."""
         if schedule is not None and not isinstance(schedule, Cron | Period):
             raise InvalidError(f"schedule must be a mesh.Cron or a mesh.Period, not {schedule!r}")
         asked = {
-            "image": image or self._image,
             "schedule": schedule,
             "volumes": volumes or self._volumes,
         }
@@ -336,7 +336,7 @@ class App:
     def cls(
         self,
         *args: Any,
-        image: object = None,
+        image: Image | None = None,
         env: Mapping[str, str | None] | None = None,
         secrets: Sequence[Secret] = (),
         gpu: object = None,
@@ -383,9 +383,9 @@ class App:
         """
         if args:
             raise InvalidError("did you forget the parentheses? Write @app.cls(), not @app.cls")
-        secrets = [*self._secrets, *secrets]
+        secrets, image = [*self._secrets, *secrets], image or self._image
         options = read_options("@app.cls", locals(), old)
-        unbuilt = self._unbuilt_options(image, None, volumes)
+        unbuilt = self._unbuilt_options(None, volumes)
         frame = sys._getframe(1)
 
         def decorate(raw: type[T]) -> type[T]:

@@ -123,6 +123,11 @@ class Settings:
     cpus: float = _setting(0.0, _number(0, 4096), "cores that containers may claim by `cpu=`; 0: the machine's")
     memory: int = _setting(0, _count(0), "MiB that containers may claim by `memory=`; 0: the machine's")
     labels: str = _setting("", _labels, "what functions may ask of a worker, such as gpu=l4,zone=a")
+    apt_install: bool = _setting(
+        False,
+        _flag,
+        "let a worker install the Debian packages that images name: as root, or by a sudo that asks nothing",
+    )
     grace: float = _setting(30.0, _number(0, 86_400), "seconds a stopping worker gives running calls")
     cancel_grace: float = _setting(30.0, _number(0, 3600), "seconds a cancelled or late call has for its `finally`")
     crash_budget: int = _setting(3, _count(1), "containers or workers an input may lose before it fails")

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mesh import frames
+from mesh.environments import Built
 from mesh.exception import FunctionTimeoutError, InternalFailure, OutOfMemoryError
 from mesh.frames import (
     Cancel,
@@ -42,6 +44,7 @@ from mesh.frames import (
     Stop,
     Waiting,
 )
+from mesh.imagespec import inside
 from mesh.mask import Mask
 from mesh.memory import MIB, MemoryWatch
 from mesh.nursery import Nursery, Process
@@ -174,12 +177,14 @@ class Container:
         memory: int | None,
         folder: Path | None = None,
         secrets: Mapping[str, str] | None = None,
+        image: Built | None = None,
     ) -> None:
         """Start the process. It is told what to be at once; `on_ready` follows, or `on_exit`.
 
         Args:
             secrets: variables that nobody else may see: they go to the container alone, over its own socket.
             limit: seconds until it must be ready. memory: MiB that it and what it starts may use; `None`: no limit.
+            image: what it is started with, if not this process's own Python.
             folder: where the directory is made that it works in; `None`: where the system has temporary files.
         """
         self._loop = asyncio.get_running_loop()
@@ -189,7 +194,9 @@ class Container:
         own = {**variables, **self._nursery.mark, "MESH_TASK_ID": self.name}
         conversation, passed = self._open()
         try:
-            self._process = await self._nursery.fork(own, passed, self._until)
+            self._process = await self._nursery.fork(
+                own, passed, self._until, image.interpreter if image else sys.executable
+            )
         except BaseException:
             conversation.close()
             self._release()
@@ -206,7 +213,7 @@ class Container:
         self._send(
             Home(
                 f"mesh container {self.name} {start.app}.{start.function}",
-                str(self._scratch),
+                str(self._begin_in(image.workdir if image else "")),
                 {**own, **(secrets or {})},
             )
         )
@@ -215,6 +222,12 @@ class Container:
         if self.stopping:
             self._say_stop()
         self._timers.append(self._loop.call_later(limit, self._start_took_too_long, limit))
+
+    def _begin_in(self, workdir: str) -> Path:
+        """The directory it begins in: its own, or below that."""
+        directory = self._scratch / inside(workdir)
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
 
     def _open(self) -> tuple[socket.socket, list[int]]:
         """What is between the worker and the process: our end of the conversation, and what the process gets."""

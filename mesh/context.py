@@ -30,12 +30,13 @@ class Running:
 
 @dataclass(slots=True)
 class Container:
-    """The container this process is. `app` is its app's name on the wire."""
+    """The container this process is. `app` is its app's name on the wire, `image` the mark of its image."""
 
     app: str
     function: str
     environment: str
     announce_waiting: Callable[[int, bool], None]
+    image: str = ""
 
 
 current: ContextVar[Running | None] = ContextVar("mesh_current", default=None)

@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import mesh
-from mesh import hosts, serialization, vault
+from mesh import hosts, image, serialization, vault
 from mesh.bundle import Bundle, collect
 from mesh.exception import ConflictError, InvalidError, NotFoundError, RemoteError, SerializationError
 from mesh.protocol import PoolKey, Result, State, failure
@@ -179,6 +179,7 @@ def describe(definition: Definition, source: Source, app: str) -> tuple[Function
         code = dataclasses.replace(code, pickled=b"", digest=hashlib.sha256(large).hexdigest())
     digest = source.bundle.digest if source.bundle else ""
     spec = definition.handle.spec
+    image.refuse(spec.image, spec.name)
     main = serialization.main_name()
     if spec.retries is not None and main is not None and not code.by_value:
         spec = dataclasses.replace(spec, retries=spec.retries.with_main_as(main))

@@ -62,6 +62,7 @@ def prepare(wire: Wire, start: Start, outputs: tuple[Output, Output], marks: Beg
             start.function,
             start.environment,
             lambda seq, waiting: wire.send(Waiting(seq, waiting)),
+            start.image,
         )
     )
     try:

@@ -99,6 +99,7 @@ class Start:
     result_limit: int  # bytes a result may have
     max_inputs: int  # runs at once
     web: bool = False  # it answers requests
+    image: str = ""  # its mark
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ class Intake:
             self._pool.settle(held, cancelled("its app has ended"))
         elif self._worker.draining:
             self._pool.settle(held, Execution(kind=Kind.RETURNED, text="the worker is stopping"))
-        elif self._pool.is_stuck():
+        elif self._pool.turns_away(held):
             self._pool.settle(held, Execution(kind=Kind.NOT_STARTED, text=self._pool.start_error))
         else:
             self.waiting.append(held)

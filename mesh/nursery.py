@@ -265,7 +265,13 @@ class Nursery:
         self._warm = _Key.of(variables)
         self._zygote(self._warm)
 
-    async def fork(self, variables: Mapping[str, str], descriptors: Sequence[int], until: float = math.inf) -> Process:
+    async def fork(
+        self,
+        variables: Mapping[str, str],
+        descriptors: Sequence[int],
+        until: float = math.inf,
+        interpreter: str = sys.executable,
+    ) -> Process:
         """A process for a container that will have these variables.
 
         Args:
@@ -276,7 +282,7 @@ class Nursery:
         """
         for tries_left in reversed(range(_TRIES)):
             try:
-                return await self._zygote(_Key.of(variables)).fork(descriptors, until)
+                return await self._zygote(_Key.of(variables, interpreter)).fork(descriptors, until)
             except ZygoteEndedError as error:
                 if not tries_left:
                     raise OSError(f"no process for a container: {_TRIES} zygotes ended instead; {error}") from None

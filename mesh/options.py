@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mesh.exception import DeprecationError, InvalidError
+from mesh.image import Image
+from mesh.imagespec import ImageSpec
 from mesh.labels import parse_gpu
 from mesh.secret import Secret
 from mesh.secretref import SecretRef
@@ -40,7 +42,7 @@ _RENAMED_OPTIONS = {
 }
 
 _SPEC_OPTIONS = (
-    *("timeout", "startup_timeout", "retries", "cpu", "memory", "gpu", "labels", "env", "secrets"),
+    *("timeout", "startup_timeout", "retries", "cpu", "memory", "gpu", "labels", "env", "secrets", "image"),
     *("min_containers", "max_containers", "buffer_containers", "scaledown_window", "single_use_containers"),
     *("recycle_memory", "result_ttl", "keep_result", "detach"),
 )
@@ -104,6 +106,12 @@ def _secrets(value: Any) -> tuple[SecretRef, ...] | None:
     return tuple(secret.ref for secret in given) or None
 
 
+def _image(value: Any) -> ImageSpec | None:
+    if value is not None and not isinstance(value, Image):
+        raise InvalidError(f"image must be a mesh.Image, not {value!r}")
+    return None if value is None else value.spec
+
+
 _READERS: dict[str, Callable[[Any], Any]] = {
     "retries": parse_retries,
     "gpu": parse_gpu,
@@ -111,6 +119,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "memory": _limit,
     "env": _variables,
     "secrets": _secrets,
+    "image": _image,
 }
 
 

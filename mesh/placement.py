@@ -92,10 +92,11 @@ class Offer:
 def unfit(record: FunctionRecord, spec: FunctionSpec, offer: Offer) -> str:
     """Why a worker can never run a function with these options; empty if it can."""
     name = f"{record.app}.{record.spec.name}"
-    if record.code.by_value and record.code.python != offer.python:
+    python = (spec.image.python if spec.image else "") or offer.python
+    if record.code.by_value and record.code.python != python:
         return (
             f"{name} was deployed by value from Python {record.code.python}, and can only run there; worker "
-            f"{offer.worker} has Python {offer.python}"
+            f"{offer.worker} has Python {python}"
         )
     if spec.cpu and spec.cpu > offer.size.cpus + _ROUNDING:
         return f"{name} needs {spec.cpu:g} cores; worker {offer.worker} offers {offer.size.cpus:g} (--cpus)"

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 from mesh import execution, placement, report
 from mesh.broker.leases import BUSY, IDLE
 from mesh.container import Container, Exit
-from mesh.exception import Error, InvalidError
+from mesh.environments import Built
+from mesh.exception import Error, FunctionTimeoutError, InvalidError
 from mesh.frames import Outcome, Start, Work
+from mesh.imagespec import ImageSpec
 from mesh.intake import Intake
 from mesh.judge import About, Execution, Kind, cancelled
 from mesh.placement import Size
-from mesh.protocol import CancelRequest, Failure, PoolKey, failure, method_of
+from mesh.protocol import ERROR_TEXT_LIMIT, CancelRequest, Failure, PoolKey, failure, method_of, one_line
 from mesh.records import FunctionRecord
 from mesh.request import Request
 from mesh.runs import Assignment, Flow, Run
@@ -73,10 +76,12 @@ class Pool:
         self.scaling = Scaling(worker, self)
         self._backoff = 0.0
         self._retry_at = 0.0
+        self._preparing: ImageSpec | None = None
         self.start_error = ""
         self._why_resting = ""
         self._feeding = False
         self._set_spec()
+        self._deployed_anew()
 
     # --- what it is --------------------------------------------------------------------------------------------------
 
@@ -120,6 +125,8 @@ class Pool:
     @property
     def trouble(self) -> str:
         """Why inputs of this function are not run here; empty where they are."""
+        if self._preparing is not None and self.is_stuck():
+            return f"{self.key} waits for its image: {self._worker.environments.progress(self._preparing)}"
         return self.unfit or (
             f"{self._why_resting}: {self.start_error}" if self.start_error and self.is_stuck() else ""
         )
@@ -131,6 +138,11 @@ class Pool:
     def is_stuck(self) -> bool:
         """Whether no input can be run until then."""
         return self._resting() and not any(c.ready for c in self.serving)
+
+    def turns_away(self, held: Held) -> bool:
+        """Whether an input must not wait here for a container. Who waits for an image that is built are requests: no
+        queue keeps them."""
+        return self.is_stuck() and not (self._preparing is not None and isinstance(held, Request))
 
     def _about(self, held: Held) -> About:
         """By which version an input is run, and with which options; generators of a class share none of its retries."""
@@ -150,12 +162,13 @@ class Pool:
         changed = record.version != self.record.version or record.removed != self.record.removed
         self.record = record
         if changed:
-            self._never_starts = None
+            self._never_starts = self._preparing = None
         self._set_spec()
         if self.unfit:
             self.hand_back(self.unfit)
         if changed:
             self._retry_at = self._backoff = 0.0
+            self._deployed_anew()
             self.scaling.autoscaler.reset()
             for container in self.containers:
                 container.take_back()
@@ -176,6 +189,10 @@ class Pool:
             logger.warning("%s: what update_autoscaler has set does not count: %s", self.key, error)
         self.unfit = placement.unfit(self.record, self.spec, self._worker.offer)
         self._worker.door.attend(self)
+
+    def _deployed_anew(self) -> None:
+        if self.spec.image is not None:
+            self._worker.environments.forget(self.spec.image)
 
     def set_bounds(self, options: Mapping[str, Any]) -> None:
         """Have other bounds of its containers from now on; they themselves stay."""
@@ -336,6 +353,9 @@ class Pool:
         if self._resting() or not self.is_open:
             return
         missing, capacity = max(wanted, self.share.due), self._worker.capacity
+        if missing > 0 and self.spec.image is not None and self._worker.environments.built(self.spec.image) is None:
+            self._prepare(self.spec.image)
+            return
         while missing > 0 and capacity.could_make_room(self) and self.share.reserve() and capacity.make_room(self):
             self._start_container()
             missing -= 1
@@ -375,6 +395,37 @@ class Pool:
 
     # --- containers --------------------------------------------------------------------------------------------------
 
+    def _prepare(self, image: ImageSpec) -> None:
+        """Have the image of its containers made ready before any is started: until then they would only take room.
+
+        Its inputs wait in the queue meanwhile, where workers that have the image find them.
+        """
+        self._preparing, self._retry_at = image, math.inf
+        self.start_error = "its image is being built"
+        for held in [held for held in self.intake.waiting if self.turns_away(held)]:
+            self.intake.waiting.remove(held)
+            self.settle(held, Execution(kind=Kind.RETURNED, text=self.start_error))
+        self._worker.background.spawn(self._prepared(image, self.record, self.spec.start_limit))
+
+    async def _prepared(self, image: ImageSpec, record: FunctionRecord, limit: float) -> None:
+        failed: Error | None = None
+        try:
+            async with asyncio.timeout(limit):
+                await self._worker.environments.prepare(image)
+        except TimeoutError:
+            failed = FunctionTimeoutError(f"its image was not built within its startup_timeout of {limit:g} s")
+        except Error as error:
+            failed = error
+        if record.version != self.record.version:
+            return  # the newer one has begun anew
+        self._preparing, self._retry_at, self.start_error = None, 0.0, ""
+        if failed is not None and self.key.app.startswith("ap-") and not isinstance(failed, NotHere):
+            self._never_start(failure(type(failed), str(failed)))
+        elif failed is not None:
+            why = f"{self.key} waits" if isinstance(failed, NotHere) else f"the image of {self.key} cannot be built"
+            self._rest(one_line(str(failed), ERROR_TEXT_LIMIT), why)
+        self.feed()
+
     def _start_container(self) -> None:
         name, grace = self._worker.new_container_name(), self._worker.settings.cancel_grace
         worker = self._worker
@@ -401,18 +452,30 @@ class Pool:
                 result_limit=self._worker.broker.connection.inline_limit - _RESULT_HEADERS,
                 max_inputs=container.max_inputs,
                 web=bool(spec.webs),
+                image=spec.image.mark if spec.image else "",
             )
-            variables, secrets = self._worker.container_variables(spec.env), await self._worker.secrets(spec)
+            image = self._built(spec)
+            variables = self._worker.container_variables({**(image.variables if image else {}), **spec.env})
+            secrets = await self._worker.secrets(spec)
             if container.stopping:  # asked to while its code was being fetched
                 self._drop(container)
                 return
             folder = self._worker.scratch.path
-            await container.start(start, variables, spec.start_limit, spec.memory, folder, secrets)
+            await container.start(start, variables, spec.start_limit, spec.memory, folder, secrets, image)
         except (Error, OSError) as error:
             if self._versions[container] == self.record.version:
                 self._start_failed(failure(type(error), str(error)), here=isinstance(error, NotHere))
             self._drop(container)
             self.feed()
+
+    def _built(self, spec: FunctionSpec) -> Built | None:
+        """What its containers are started with, where it has an image."""
+        if spec.image is None:
+            return None
+        built = self._worker.environments.built(spec.image)
+        if built is None:
+            raise NotHere("its image has just been removed")
+        return built
 
     def _drop(self, container: Container) -> None:
         self.containers.remove(container)
@@ -422,19 +485,25 @@ class Pool:
         self._worker.capacity.changed()
 
     def _start_failed(self, failed: Failure, *, here: bool = False) -> None:
-        """The code cannot be started: rest for a while, longer each time, instead of burning the queue.
-
-        Its inputs wait in the queue meanwhile, where other workers, or this one with newer code, find them at once.
+        """The code cannot be started.
 
         Args:
             here: it is not the code's fault, but what it needs is not here.
         """
-        self.start_error = failed.text if here else failed.summary
-        self._why_resting = f"{self.key} waits" if here else "its code does not start"
         if self.key.app.startswith("ap-") and not here:
             # The client of a single run waits, and nobody will deploy something better: its inputs fail.
             self._refuse_waiting(failed)
-            return
+        elif here:
+            self._rest(failed.text, f"{self.key} waits")
+        else:
+            self._rest(failed.summary, "its code does not start")
+
+    def _rest(self, error: str, why: str) -> None:
+        """Start nothing for a while, longer each time, instead of burning the queue.
+
+        Its inputs wait in the queue meanwhile, where other workers, or this one with newer code, find them at once.
+        """
+        self.start_error, self._why_resting = error, why
         if not self._resting():  # containers that were started together fail together, and count once
             self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
             self._retry_at = time.monotonic() + self._backoff
@@ -442,6 +511,11 @@ class Pool:
             self._worker.wake_at(self._retry_at, self)
         while self.intake.waiting and self.is_stuck():
             self.settle(self.intake.waiting.popleft(), Execution(kind=Kind.NOT_STARTED, text=self.start_error))
+
+    def _never_start(self, failed: Failure) -> None:
+        """All inputs fail, until something else is deployed."""
+        self._never_starts = self.refusal = failed
+        self._refuse_waiting(failed)
 
     def _refuse_waiting(self, why: Failure) -> None:
         while self.intake.waiting:
@@ -472,8 +546,7 @@ class Pool:
             return  # that older code did not start says nothing
         failure = container.mask.failure(failure)
         if for_good:
-            self._never_starts = self.refusal = failure
-            self._refuse_waiting(failure)
+            self._never_start(failure)
         else:
             self._start_failed(failure)
 

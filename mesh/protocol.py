@@ -163,7 +163,7 @@ def parse_time(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _one_line(text: str, limit: int) -> str:
+def one_line(text: str, limit: int) -> str:
     """`text` as a header can hold it: printable, on one line, cut to `limit` characters."""
     if len(text) <= limit and text.isprintable():
         return text.strip()
@@ -301,7 +301,7 @@ class Input:
             if text:
                 headers[name] = text
         if self.preview:
-            headers["Mesh-Preview"] = _one_line(self.preview, PREVIEW_LIMIT)
+            headers["Mesh-Preview"] = one_line(self.preview, PREVIEW_LIMIT)
         if self.deadline is not None:
             headers["Mesh-Deadline"] = format_time(self.deadline)
         if self.result_ttl is not None:
@@ -363,7 +363,7 @@ class CancelRequest:
     terminate: bool = False
 
     def headers(self) -> dict[str, str]:
-        headers = {"Mesh-Version": str(VERSION), "Mesh-Reason": _one_line(self.reason, ERROR_TEXT_LIMIT)}
+        headers = {"Mesh-Version": str(VERSION), "Mesh-Reason": one_line(self.reason, ERROR_TEXT_LIMIT)}
         return {**headers, "Mesh-Terminate": "1"} if self.terminate else headers
 
     @classmethod
@@ -421,7 +421,7 @@ class Failure:
     @property
     def summary(self) -> str:
         """`Type: text` on one line, as headers, listings and logs show it."""
-        return _one_line(f"{self.type.removeprefix('builtins.')}: {self.text}", ERROR_TEXT_LIMIT)
+        return one_line(f"{self.type.removeprefix('builtins.')}: {self.text}", ERROR_TEXT_LIMIT)
 
 
 def failure(kind: type[BaseException], text: str) -> Failure:
@@ -471,7 +471,7 @@ class Result:
             if text:
                 headers[name] = text
         if self.error:
-            headers["Mesh-Error"] = _one_line(self.error, ERROR_TEXT_LIMIT)
+            headers["Mesh-Error"] = one_line(self.error, ERROR_TEXT_LIMIT)
         return headers
 
     @classmethod

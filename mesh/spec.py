@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.exception import InvalidError
+from mesh.imagespec import ImageSpec
 from mesh.labels import check_labels, parse_gpu
 from mesh.parameters import Parameter
 from mesh.secretref import SecretRef, check_env
@@ -357,6 +358,7 @@ class FunctionSpec:
     parameters: Mapping[str, Parameter] | None = None
     secrets: tuple[SecretRef, ...] = ()
     web: WebSpec | None = None
+    image: ImageSpec | None = None
 
     def __post_init__(self) -> None:
         check_name("function", self.name)
@@ -478,6 +480,8 @@ class FunctionSpec:
         if options.get("retries") is not None:
             retries = options["retries"]
             options["retries"] = Retries(**{name: retries[name] for name in Retries.__slots__ if name in retries})
+        if options.get("image") is not None:
+            options["image"] = ImageSpec.from_json(options["image"])
         if "secrets" in options:
             options["secrets"] = tuple(SecretRef.from_json(secret) for secret in options["secrets"])
         if options.get("web") is not None:
@@ -497,4 +501,4 @@ def option_to_json(option: str, value: Any) -> Any:
         return [secret.to_json() for secret in value]
     if option in _PARTS:
         return {name: part.to_json() for name, part in value.items()}
-    return value.to_json() if isinstance(value, Retries | WebSpec) else value
+    return value.to_json() if isinstance(value, Retries | WebSpec | ImageSpec) else value

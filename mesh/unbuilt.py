@@ -39,30 +39,6 @@ class Environment(metaclass=_Unbuilt):
     """Not built yet: `environment_name=` and MESH_ENVIRONMENT choose one."""
 
 
-class _Described(type):
-    """A class that can be begun with in any way, `Image.from_…()`."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: cls()
-
-
-class Image(metaclass=_Described):
-    """Not built yet: can be described and given to functions, which then cannot be deployed."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name == "imports":
-            _refuse("Image.imports")
-        return lambda *args, **kwargs: self
-
-    @staticmethod
-    def debian_slim(python_version: str | None = None, **options: Any) -> Image:
-        return Image()
-
-
 class NetworkFileSystem(metaclass=_Unbuilt):
     """Only Modal's cloud has it."""
 

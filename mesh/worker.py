@@ -31,6 +31,7 @@ from mesh.codecache import CodeCache
 from mesh.config import Settings
 from mesh.container import Container
 from mesh.deployed import Deployed
+from mesh.environments import Environments
 from mesh.examine import Examiner
 from mesh.exception import Error
 from mesh.fleet import Fleet
@@ -157,6 +158,7 @@ class Worker:
         self.settler.on_trouble, self.settler.on_back = self.upkeep.suspect, self._feed_all
         self.examiner = Examiner(self.broker, self.settler, self.name)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
+        self.environments = Environments(self.settings.cache_dir, may_install=self.settings.apt_install)
         self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, interval)
         self.watch = Watch(self.broker, self.name, self._held, self._stop_input)
         self.slots = Slots(self.broker, self.name)
@@ -240,6 +242,7 @@ class Worker:
         with contextlib.suppress(Exception):  # it lapses by itself
             await self.fleet.withdraw()
         await self.examiner.close()
+        await self.environments.close()
         await self.background.cancel()
         await self.nursery.close()
         await self.broker.close()

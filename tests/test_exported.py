@@ -200,20 +200,6 @@ def test_an_unbuilt_class_can_still_be_used_as_a_type() -> None:
         _ = mesh.Volume.__wrapped__  # what inspect and mock look for
 
 
-def test_an_image_can_be_described_as_for_modal() -> None:
-    begun = [
-        mesh.Image.debian_slim(python_version="3.12"),
-        mesh.Image.from_registry("python:3.12"),
-        mesh.Image.from_dockerfile("Dockerfile"),
-        mesh.Image.from_scratch(),
-    ]
-    for image in begun:
-        whole = image.apt_install("git").pip_install("numpy", "pillow").env({"A": "1"}).workdir("/x")
-        assert isinstance(whole, mesh.Image)
-    with pytest.raises(UnimplementedError, match=r"^mesh.Image.imports is not built yet$"):
-        begun[0].imports()
-
-
 UNBUILT_METHODS: dict[object, list[str]] = {
     mesh.Function.from_name("a", "f"): words("spawn_map"),
     mesh.FunctionCall.from_id("fc-0"): words("iter get_call_graph"),

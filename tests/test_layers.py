@@ -15,16 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top. A module imports what stands below it, or before it on its own level.
 LEVELS = [
-    "exception labels parameters secretref webspec spec decorators web",  # values, of users
+    "exception labels parameters secretref webspec imagespec spec decorators web",  # values, of users
     "config background processes scratch unbuilt",  # and of processes
     "protocol variant flow frames records serialization bundle judge mask sealing",  # bytes, on the wire and stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status stats vault",  # what callers and containers share
     "place hosts settle cancel behind dead",  # how calls end, and are sent again
-    "secret options target call map reading sdk functions queue cls report deploy apprun app",  # what users hold
+    "secret image options target call map reading sdk functions queue cls report deploy apprun app",  # what users hold
     "wire generating output asgi proxy site",  # containers, from inside: what goes in and out
     "usercode interrupts answers serving executor zygote",  # and what is run
-    "memory machine placement runs pipes nursery container execution",  # and from outside
+    "memory machine placement programs pythons debian imagebuild environments",  # what a worker has
+    "runs pipes nursery container execution",  # containers, from outside
     "capacity autoscaler scaling codecache",  # how many, and what they run
     "examine sweep upkeep watch check fleet slots request intake pool deployed",  # what a worker does, and `mesh check`
     "source server places gateway worker up",  # daemons
@@ -172,10 +173,14 @@ def test_only_settings_read_the_environment() -> None:
             for n in ast.walk(tree_of(path.read_text()))
         )
     }
-    assert reading == {"config", "container", "up", "zygote", "secret", "proxy"}, (
+    assert reading == {
+        *("config", "container", "up", "zygote", "secret", "proxy"),
+        *("programs", "pythons", "imagebuild", "environments"),
+    }, (
         "a setting that another module reads has no origin that `mesh config show` could tell; "
         "container and up only pass variables on to the processes they start, and zygote gives containers theirs; "
-        "secret takes what its user names; proxy tells the server that it has started by its user where to listen"
+        "secret takes what its user names; proxy tells the server that it has started by its user where to listen; "
+        "what builds images passes on where packages and programs come from"
     )
 
 

@@ -342,6 +342,7 @@ def test_a_function_has_modals_defaults() -> None:
         "parameters": None,
         "secrets": (),
         "web": None,
+        "image": None,
     }
 
 
