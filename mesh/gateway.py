@@ -12,54 +12,33 @@ import contextlib
 import logging
 import secrets
 import socket
-import time
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import uvicorn
 from starlette.responses import RedirectResponse, Response
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mesh.asgi import Event, Receive, Send, decoder, encode, pack_request
+from mesh.asgi import Event, Receive, Send
 from mesh.background import Background
 from mesh.broker import Broker, NoResponders, StoreError, Unanswered
-from mesh.broker.flows import Reader, Writer
-from mesh.broker.web import RENEW_GATEWAY, Receipt
+from mesh.broker.web import RENEW_GATEWAY
 from mesh.exception import Error, InvalidError
-from mesh.flow import SILENCE, Outflow
-from mesh.judge import Kind
 from mesh.place import DEFAULT_PORT
-from mesh.places import Place, Places, Refused, Tokens
-from mesh.protocol import new_call_id
+from mesh.places import Places, Refused, Tokens
+from mesh.visit import Scope, Visit
 
 logger = logging.getLogger("mesh.gateway")
 
-Scope = MutableMapping[str, Any]
-
 MAX_BODY = 4 << 30  # bytes of a request, by default
 
-_INLINE = 256 << 10  # bytes of a body that goes with the request itself
-_PATIENCE = 3.0  # seconds that a worker is looked for: one may just be about to listen
-_LOOK_AGAIN = 0.1
+_TRANSPORT = "mesh.transport"  # in a scope
 _REREAD = 10.0  # seconds between reads of all heads, in case a push was missed
 _PORTS = 100  # that are tried, from the usual one on
 _PASSED = (
     *("type", "asgi", "http_version", "server", "client", "scheme", "method", "path", "raw_path", "query_string"),
     *("headers", "subprotocols", "extensions"),
 )
-_STATUS = {  # of what came of a request without an answer
-    Kind.SUCCEEDED: (500, "the function ended without an answer"),
-    Kind.FAILED: (500, "Internal Server Error"),
-    Kind.TIMED_OUT: (504, "the function ran out of time"),
-    Kind.CRASHED: (502, "the container of the function ended"),
-    Kind.OUT_OF_MEMORY: (502, "the container of the function ran out of memory"),
-    Kind.RETURNED: (503, "the worker of the function is stopping"),
-    Kind.NOT_STARTED: (503, "the function does not start"),
-    Kind.REFUSED: (503, "the function cannot run"),
-}
-
-
-class _Left(Exception):
-    """The client has gone."""
 
 
 # --- one request -----------------------------------------------------------------------------------------------------
@@ -101,8 +80,8 @@ class Gateway:
         told["root_path"] = place.root
         if scope["path"] == place.root:
             told["path"], told["raw_path"] = f"{place.root}/", scope["raw_path"] + b"/"
-        visit = _Visit(self._broker, place, told, _limited(scope, receive, self._max_body), send)
-        await visit.run()
+        limited = _limited(scope, receive, self._max_body)
+        await Visit(self._broker, place, told, limited, send, scope.get(_TRANSPORT)).run()
 
 
 def _host(headers: Mapping[bytes, bytes]) -> str:
@@ -151,170 +130,6 @@ async def _respond(response: Response, scope: Scope, receive: Receive, send: Sen
         await send({"type": "websocket.close", "code": 1011})
 
 
-class _Visit:
-    """One request on its way to a container, and its answer on the way back."""
-
-    def __init__(self, broker: Broker, place: Place, scope: Scope, receive: Receive, send: Send) -> None:
-        self._broker = broker
-        self._place = place
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        self._begun = False  # something of the answer has gone to the client
-        self._done = False  # all of it has
-
-    async def run(self) -> None:
-        """Bring the answer.
-
-        Raises:
-            Refused: there is none, and nothing was sent.
-        """
-        first = await self._receive()
-        if first["type"] == "http.disconnect":
-            return
-        inline = self._scope["type"] == "http" and not first.get("more_body") and len(first.get("body", b"")) <= _INLINE
-        deadline = time.monotonic() + self._place.limit
-        while not await self._try(first, inline, deadline):  # noqa: ASYNC110 - what is waited for is elsewhere
-            await asyncio.sleep(_LOOK_AGAIN)
-
-    async def _try(self, first: Event, inline: bool, deadline: float) -> bool:
-        """Give it to a worker; false if it was given back before it began."""
-        call = new_call_id(self._broker.token)
-        answer = await self._broker.flows.read(call, 0)
-        body = None if inline else _Body(self._broker, call)
-        listening: asyncio.Task[None] | None = None
-        try:
-            await self._submit(call, [first] if inline else [], more=not inline)
-            listening = asyncio.create_task(self._listen(first, body, answer))
-            kind, text = await self._bring(answer, deadline, listening)
-        except _Left:
-            answer.leave()
-            return True
-        finally:
-            answer.close()
-            if listening is not None:
-                listening.cancel()
-            if body is not None:
-                body.close()
-        if kind is Kind.RETURNED and inline and not self._begun and time.monotonic() < deadline:
-            return False
-        self._conclude(kind, text)
-        return True
-
-    def _conclude(self, kind: Kind, text: str) -> None:
-        """The end, if it is one."""
-        if self._begun:
-            if not self._done:
-                logger.warning("the answer of %s was cut: %s %s", self._place.root, kind, text)
-            return  # without its end, which makes the server cut the connection
-        status, words = _STATUS.get(kind, (502, "the function was lost"))
-        shown = kind in (Kind.NOT_STARTED, Kind.REFUSED, Kind.CRASHED, Kind.OUT_OF_MEMORY) and text
-        raise Refused(status, f"{words}: {text}" if shown else words)
-
-    async def _submit(self, call: str, events: list[Event], *, more: bool) -> None:
-        """Find a worker for it."""
-        place, began = self._place, time.monotonic()
-        request = pack_request(self._scope, events, more=more)
-        while True:
-            try:
-                receipt = await self._broker.web.submit(
-                    *(place.app, place.function, place.method, call, request), more=more
-                )
-            except NoResponders:
-                receipt = Receipt.AGAIN
-            if receipt is Receipt.TAKEN:
-                return
-            if receipt is Receipt.BUSY or time.monotonic() - began > _PATIENCE:
-                busy = receipt is Receipt.BUSY
-                raise Refused(503, "too many requests wait" if busy else "no worker runs this function now")
-            await asyncio.sleep(_LOOK_AGAIN)
-
-    # --- from the client ---------------------------------------------------------------------------------------------
-
-    async def _listen(self, first: Event, body: _Body | None, answer: Reader) -> None:
-        """Pass on what the client sends, until it has gone."""
-        event = first
-        while True:
-            if body is not None:
-                await body.send(event)
-            if event["type"] == "http.disconnect":
-                raise _Left
-            if event["type"] == "websocket.disconnect":
-                return
-            event = await self._receive()
-
-    # --- to the client -----------------------------------------------------------------------------------------------
-
-    async def _bring(self, answer: Reader, deadline: float, listening: asyncio.Task[None]) -> tuple[Kind, str]:
-        """Pass on what the application sends; returns how it ended."""
-        listening.add_done_callback(lambda _: answer.news.set())
-        events = decoder()
-        while True:
-            answer.news.clear()
-            while (chunk := answer.pop()) is not None:
-                events.feed(chunk)
-                for event in events:
-                    await self._pass_on(event)
-            if listening.done() and (failed := listening.exception()) is not None:
-                answer.leave()
-                raise _Left if self._begun else failed
-            if answer.error is not None:
-                return Kind.EXPIRED, str(answer.error)
-            if answer.ended:
-                kind, _, text = answer.word.decode().partition("\n")
-                return Kind(kind), text
-            if not self._begun and time.monotonic() > deadline:
-                answer.leave()
-                return Kind.TIMED_OUT, ""
-            if not await self._heard(answer):
-                return Kind.EXPIRED, "its worker fell silent"
-
-    @staticmethod
-    async def _heard(answer: Reader) -> bool:
-        """Wait for news, which a worker that lives gives every few seconds; false if there is none for too long."""
-        try:
-            async with asyncio.timeout(SILENCE):
-                await answer.news.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _pass_on(self, event: Event) -> None:
-        if self._done:
-            return
-        await self._send(event)
-        self._begun = True
-        self._done = event["type"] == "http.response.body" and not event.get("more_body", False)
-
-
-class _Body:
-    """What a client sends, as a flow that its container reads."""
-
-    def __init__(self, broker: Broker, call: str) -> None:
-        self._flow = Outflow()
-        self._granted = asyncio.Event()
-        self._writer: Writer = broker.flows.write(call, 0, self._grant, way="in")
-
-    def _grant(self, number: int) -> None:
-        self._flow.grant(number)
-        self._granted.set()
-
-    async def send(self, event: Event) -> None:
-        """Send one event, as the container has room for it."""
-        self._writer.begin()
-        self._flow.write(encode(event))
-        while True:
-            self._granted.clear()
-            while (chunk := self._flow.take(whole=False)) is not None:
-                self._writer.send(chunk)
-            if self._flow.is_empty:
-                return
-            await self._granted.wait()
-
-    def close(self) -> None:
-        self._writer.end()
-
-
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +162,14 @@ def address_of(listening: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, which says what it speaks by: nothing else tells that a client has gone while nothing is read."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        cast("dict[str, Any]", self.scope)[_TRANSPORT] = self.transport
+
+
 class _Server(uvicorn.Server):
     """uvicorn, whose signals are ours."""
 
@@ -372,6 +195,7 @@ async def serve(
         gateway,
         lifespan="off",
         interface="asgi3",
+        http=_Protocol,
         ws="websockets-sansio",
         log_config=None,
         access_log=access_log,

@@ -319,7 +319,7 @@ class Pool:
             assignment = Assignment(work, held, self.spec.timeout, flow)
             assignments.append(assignment)
             if isinstance(held, Request):
-                held.give(container, assignment, self._worker.background)
+                held.give(container, assignment)
         container.run(*assignments)
         if self.spec.single_use_containers:
             container.stop()

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mesh.background import Background
 from mesh.broker import Lease
-from mesh.broker.flows import Reader, Writer
-from mesh.broker.web import Arrival, Listening, Receipt
+from mesh.broker.exchanges import Exchange, Receipt
+from mesh.broker.web import Arrival, Listening
 from mesh.container import Container
+from mesh.flow import WINDOW
 from mesh.judge import Execution, Kind
 from mesh.protocol import SHARED_POOL, Address, CancelRequest, Input, PoolKey
 from mesh.runs import Assignment
@@ -38,71 +39,64 @@ class Request(Held):
     """One request: an input that has no lease to be kept, and no result.
 
     Attributes:
-        answer: where what the application sends goes. body: what comes after its beginning, if anything does.
+        exchange: where the rest of it comes from, and its answer goes. on_gone: called when its client has.
         container: that answers it. seq: its number there.
     """
 
-    answer: Writer | None = None
-    body: Reader | None = None
+    exchange: Exchange | None = None
+    on_gone: Callable[[Request], None] | None = None
     container: Container | None = None
     seq: int = 0
+    _granted: int = WINDOW
     _allowed: int = 0
     _fed: int = 0
-    _feeding: asyncio.Task[None] | None = field(default=None)
 
-    def give(self, container: Container, assignment: Assignment, background: Background) -> None:
+    def give(self, container: Container, assignment: Assignment) -> None:
         """It goes to a container."""
         self.container, self.seq = container, assignment.work.seq
         assignment.flow, assignment.allow = _Answer(self), self.allow
-        if self.body is not None and self._feeding is None:
-            self._feeding = background.spawn(self._feed(self.body))
 
     def end(self, execution: Execution) -> None:
         """Say how it went, after all of its answer."""
-        if self._feeding is not None:
-            self._feeding.cancel()
-        if self.body is not None:
-            self.body.close()
-        assert self.answer is not None
+        assert self.exchange is not None
+        self.exchange.told = _nothing
         text = execution.failure.summary if execution.failure is not None else execution.text
-        self.answer.end(f"{execution.kind}\n{text}".encode())
+        self.exchange.end(f"{execution.kind}\n{text}".encode())
         if execution.kind is not Kind.SUCCEEDED:
             at = self.lease.address
             logger.info("✗ request %s to %s %s: %s", self.call, at.path if at else "", execution.kind, text)
 
-    # --- its client --------------------------------------------------------------------------------------------------
-
-    def grant(self, number: int) -> None:
-        """The client has room for the answer's chunks up to this one."""
-        if self.container is not None:
-            self.container.grant(self.seq, number)
-
-    def leave(self) -> None:
-        """The client has gone: it is not begun any more."""
-        self.cancelled = self.cancelled or _LEFT
-        if self.container is not None:
-            self.container.leave(self.seq)
-
-    # --- its body ----------------------------------------------------------------------------------------------------
-
     def allow(self, number: int) -> None:
         """The container has room for the body's chunks up to this one."""
         self._allowed = max(self._allowed, number)
-        if self.body is not None:
-            self.body.news.set()
+        self._feed()
 
-    async def _feed(self, body: Reader) -> None:
-        """Pass the body on as the container has room for it. One that cannot go on is a client that has gone."""
-        while True:
-            body.news.clear()
-            while self._fed < self._allowed and (chunk := body.pop()) is not None:
-                self._fed += 1
-                if self.container is not None:
-                    self.container.feed(self.seq, chunk)
-            if body.error is not None:
-                self.leave()
+    def on_news(self) -> None:
+        """Something came from the gateway, or it does not come any more."""
+        exchange = self.exchange
+        assert exchange is not None
+        if self.container is not None and exchange.granted > self._granted:
+            self._granted = exchange.granted
+            self.container.grant(self.seq, exchange.granted)
+        self._feed()
+        if (exchange.gone or exchange.error is not None) and self.on_gone is not None:
+            on_gone, self.on_gone = self.on_gone, None
+            self.cancelled = self.cancelled or _LEFT
+            if self.container is not None:
+                self.container.leave(self.seq)
+            on_gone(self)
+
+    def _feed(self) -> None:
+        """Pass the body on as the container has room for it."""
+        while self.container is not None and self.exchange is not None and self._fed < self._allowed:
+            chunk = self.exchange.pop()
+            if chunk is None:
                 return
-            await body.news.wait()
+            self._fed += 1
+            self.container.feed(self.seq, chunk)
+
+
+def _nothing() -> None: ...
 
 
 class _Answer:
@@ -114,8 +108,8 @@ class _Answer:
     def begin(self) -> None: ...
 
     def send(self, chunk: bytes) -> None:
-        if self._request.answer is not None:
-            self._request.answer.send(chunk)
+        if self._request.exchange is not None:
+            self._request.exchange.send(chunk)
 
     def end(self) -> None: ...
 
@@ -151,18 +145,16 @@ class Door:
                 await listening.close()
             self._listening.clear()
 
-    async def _on_arrival(self, key: PoolKey, arrival: Arrival) -> None:
+    def _on_arrival(self, key: PoolKey, arrival: Arrival) -> None:
         pool = self._worker.deployed.pools.get(key)
         if pool is None or not pool.is_open or self._worker.draining:
-            await arrival.reply(Receipt.AGAIN)
+            arrival.exchange.refuse(Receipt.AGAIN)
         elif len(pool.intake.waiting) >= _MOST_WAITING:
-            await arrival.reply(Receipt.BUSY)
+            arrival.exchange.refuse(Receipt.BUSY)
         else:
-            request = self._request(pool, arrival)
             if arrival.has_more:
-                request.body = await self._worker.broker.flows.read(arrival.call, 0, way="in")
-            await arrival.reply(Receipt.TAKEN)
-            pool.intake.accept(request)
+                arrival.exchange.greet()
+            pool.intake.accept(self._request(pool, arrival))
 
     def _request(self, pool: Pool, arrival: Arrival) -> Request:
         function = f"{pool.key.function}.{arrival.method}" if arrival.method else pool.key.function
@@ -181,15 +173,12 @@ class Door:
             address=address,
             input=Input(address=address, body=arrival.body, kind="web"),
         )
-        request = Request(lease, marked=True)
-        flows = self._worker.broker.flows
-        request.answer = flows.write(arrival.call, 0, request.grant, on_gone=lambda: self._on_gone(pool, request))
-        request.answer.begin()
+        request = Request(lease, marked=True, exchange=arrival.exchange, on_gone=lambda gone: self._on_gone(pool, gone))
+        arrival.exchange.told = request.on_news
         return request
 
     @staticmethod
     def _on_gone(pool: Pool, request: Request) -> None:
         """The application hears of it; one that waits is not begun."""
-        request.leave()
         if request in pool.intake.waiting:
             pool.cancel(request, CancelRequest(reason=_LEFT))

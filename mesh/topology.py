@@ -175,8 +175,7 @@ class Topology:
         return f"{self.root}.freed.{pool}"
 
     def flow_subject(self, call: str, index: int | str, way: str) -> str:
-        """Where the chunks of a flow go, `out` of a container or `in`, and what their readers grant: `credit` for what
-        goes out, `allowed` for what goes in."""
+        """Where the chunks of a flow go, `out` of a container, and its reader's `credit` for them."""
         return f"{self.root}.flow.{call}.{index}.{way}"
 
     def web_subject(self, app: str, function: str) -> str:

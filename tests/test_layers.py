@@ -28,7 +28,7 @@ LEVELS = [
     "runs pipes nursery container execution",  # containers, from outside
     "capacity autoscaler scaling codecache",  # how many, and what they run
     "examine sweep upkeep watch check fleet slots request intake pool deployed",  # what a worker does, and `mesh check`
-    "source server places gateway worker up",  # daemons
+    "source server places visit gateway worker up",  # daemons
     "cli __main__",
 ]
 ORDER = " ".join(LEVELS).split()

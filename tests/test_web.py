@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -99,6 +100,23 @@ def pages():
         await send({"type": "http.response.body", "body": b"tick", "more_body": True})
         ledger((await receive())["type"])
 
+    async def on_deaf(scope, receive, send):
+        """Reads no more of what is uploaded, and goes on answering."""
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": b".", "more_body": True})
+                await asyncio.sleep(0.02)
+        except OSError:
+            ledger("deaf")
+
+    async def on_hold(scope, receive, send):
+        ledger(f"hold {os.getpid()}")
+        while not os.path.exists(os.environ["LEDGER"] + ".gate"):
+            await asyncio.sleep(0.02)
+        await answer(send, str(os.getpid()))
+
     async def on_slow(scope, receive, send):
         ledger("slow")
         await asyncio.sleep(60)
@@ -140,13 +158,21 @@ def old():
         return [environ["SCRIPT_NAME"].encode(), b" ", environ["PATH_INFO"].encode(), b" %d" % len(body)]
     return application
 
+@app.function(timeout=1)
+@mesh.asgi_app()
+def brief():
+    async def application(scope, receive, send):
+        if scope["type"] == "http":
+            await asyncio.sleep(60)
+    return application
+
 @app.function()
 def plain(): ...
 '''
 
 
-def site_source(mesh: Mesh, timeout: int) -> str:
-    return SITE.replace("OPTIONS", f"timeout={timeout}, env={{'LEDGER': {str(mesh.directory / 'ledger')!r}}}")
+def site_source(mesh: Mesh) -> str:
+    return SITE.replace("OPTIONS", f"env={{'LEDGER': {str(mesh.directory / 'ledger')!r}}}")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +181,7 @@ def _site(server: NatsServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with new_mesh(server, tmp_path_factory.mktemp("site")) as mesh:
         mesh.start_worker("--containers", "8")
         with gateway(mesh, "--max-body", "8M") as address:
-            mesh.deploy(site_source(mesh, timeout=2), "site_1")
+            mesh.deploy(site_source(mesh), "site_1")
             yield mesh, address
 
 
@@ -259,6 +285,16 @@ def test_an_application_hears_that_its_client_has_gone(site: tuple[Mesh, str], p
     until(lambda: site[0].ledger().count("http.disconnect"), what="the disconnect reached the application")
 
 
+def test_an_application_that_does_not_read_hears_that_its_client_has_gone(site: tuple[Mesh, str]) -> None:
+    host, port = site[1].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /site/pages/deaf HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n\r\n")
+        client.settimeout(1)
+        with contextlib.suppress(TimeoutError):  # nobody reads all of it
+            client.sendall(b"x" * 8_000_000)
+    until(lambda: site[0].ledger().count("deaf"), what="the disconnect reached the application")
+
+
 def test_a_websocket_is_one(site: tuple[Mesh, str]) -> None:
     from websockets.sync.client import connect
 
@@ -281,7 +317,7 @@ def test_a_websocket_is_one(site: tuple[Mesh, str]) -> None:
         ("/site/pages/raise", 500),
         ("/site/pages/nothing", 500),
         ("/site/pages/die", 502),
-        ("/site/pages/slow", 504),
+        ("/site/brief/", 504),
     ],
 )
 def test_what_went_wrong_has_a_status_of_its_own(site: tuple[Mesh, str], path: str, status: int) -> None:
@@ -301,17 +337,15 @@ def test_what_an_application_raises_is_in_the_output(site: tuple[Mesh, str], pag
 
 def test_without_a_worker_there_is_no_service(server: NatsServer, tmp_path: Path) -> None:
     with new_mesh(server, tmp_path) as mesh, gateway(mesh) as address:
-        mesh.deploy(site_source(mesh, timeout=2), "site_2")
+        mesh.deploy(site_source(mesh), "site_2")
         answer = httpx.get(f"{address}/site/pages/about", timeout=30)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
-def test_a_worker_that_drains_cuts_no_answer_and_one_that_is_killed_cuts_its_own(
-    server: NatsServer, tmp_path: Path
-) -> None:
+def test_an_answer_under_way_is_finished_while_its_worker_drains(server: NatsServer, tmp_path: Path) -> None:
     with new_mesh(server, tmp_path) as mesh, gateway(mesh) as address:
         first = mesh.start_worker()
-        mesh.deploy(site_source(mesh, timeout=60), "site_3")
+        mesh.deploy(site_source(mesh), "site_3")
         with httpx.stream("GET", f"{address}/site/pages/half", timeout=30) as answer:
             chunks = answer.iter_bytes()
             assert next(chunks) == b"half"
@@ -319,16 +353,27 @@ def test_a_worker_that_drains_cuts_no_answer_and_one_that_is_killed_cuts_its_own
             assert b"".join(chunks) == b" and half"
         assert first.process.wait(60) == 0
         assert "the lifespan has ended" in first.log
-        second = mesh.start_worker()
-        statuses: list[int] = []
-        asking = threading.Thread(
-            target=lambda: statuses.append(httpx.get(f"{address}/site/pages/slow", timeout=60).status_code)
-        )
-        asking.start()
-        until(lambda: mesh.ledger().count("slow"), what="the application has the request")
-        second.kill()
-        asking.join()
-        assert statuses == [502]
+
+
+def test_a_killed_worker_loses_only_what_it_had(server: NatsServer, tmp_path: Path) -> None:
+    with new_mesh(server, tmp_path) as mesh, gateway(mesh) as address:
+        workers = [mesh.start_worker("--containers", "1") for _ in range(2)]
+        mesh.deploy(site_source(mesh), "site_4")
+        answers: list[httpx.Response] = []
+        ask: Callable[[], None] = lambda: answers.append(httpx.get(f"{address}/site/pages/hold", timeout=60))  # noqa: E731
+        asking = [threading.Thread(target=ask) for _ in range(16)]
+        for thread in asking:
+            thread.start()
+        until(lambda: mesh.ledger().count("hold") == 16, what="all requests are under way")
+        lost = sum(mesh.ledger().count(f"hold {pid}") for pid in workers[0].containers())
+        workers[0].kill()
+        until(lambda: len(answers) == lost, what="what it had has failed")
+        assert [answer.status_code for answer in answers] == [502] * lost
+        assert all("the process at the other end has gone" in answer.text for answer in answers)
+        mesh.ledger("ledger.gate").path.touch()
+        for thread in asking:
+            thread.join()
+        assert [answer.status_code for answer in answers[lost:]] == [200] * (16 - lost)
 
 
 # --- the job queue, as Modal's guide has it --------------------------------------------------------------------------

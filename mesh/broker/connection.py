@@ -329,9 +329,9 @@ class Connection:
         """Call `callback` with each message; subscribed again after a reconnect."""
         return await self._client.subscribe(subject, queue, cb=callback, pending_bytes_limit=1 << 30)
 
-    async def listen(self, subject: str, taker: Callable[[Incoming], None]) -> Subscription:
+    async def listen(self, subject: str, taker: Callable[[Incoming], None], *, queue: str = "") -> Subscription:
         """The same with a plain function, which costs a message much less: called at once, as the message is read."""
-        return await self._client.listen(subject, taker)
+        return await self._client.listen(subject, taker, queue)
 
     def new_inbox(self) -> str:
         """The start of subjects that only this connection listens to."""

@@ -1,5 +1,4 @@
-"""Flows on the wire: core messages on subjects of their own, `mesh.flow.<call>.<n>.{out,credit}`, and
-`{in,allowed}` the other way.
+"""Flows on the wire: core messages on subjects of their own, `mesh.flow.<call>.<n>.{out,credit}`.
 
 What these promise, and what they do not, is `mesh.flow`'s: a lost message is noticed, not made good.
 """
@@ -18,10 +17,8 @@ from nats.aio.subscription import Subscription
 from mesh.background import Background
 from mesh.broker.connection import Connection
 from mesh.exception import ClientClosed, Error
-from mesh.flow import ALIVE, SILENCE, Alive, Chunk, End, Inflow, Message, decode, encode
+from mesh.flow import ALIVE, Alive, Chunk, End, Inflow, Message, decode, encode
 from mesh.topology import Topology
-
-_GONE = b"gone"
 
 
 class Flows:
@@ -32,29 +29,19 @@ class Flows:
         self._topology = topology
         self._background = Background()
 
-    def write(
-        self,
-        call: str,
-        index: int,
-        on_grant: Callable[[int], None],
-        *,
-        way: str = "out",
-        on_gone: Callable[[], None] | None = None,
-    ) -> Writer:
-        """The flow out of an input, or `in`. `on_grant` is called with the number of the last chunk that may be sent,
-        `on_gone` when its reader has left, or nothing was heard of it for too long."""
-        subjects = self._subjects(call, index, way)
-        return Writer(self._connection, self._background, *subjects, on_grant, on_gone)
+    def write(self, call: str, index: int, on_grant: Callable[[int], None]) -> Writer:
+        """The flow out of an input. `on_grant` is called with the number of the last chunk that may be sent."""
+        return Writer(self._connection, self._background, *self._subjects(call, index), on_grant)
 
-    async def read(self, call: str, index: int, *, way: str = "out") -> Reader:
-        """Begin to listen to the flow out of an input, or `in`: submit it after this."""
-        reader = Reader(self._connection, self._background, *self._subjects(call, index, way))
+    async def read(self, call: str, index: int) -> Reader:
+        """Begin to listen to the flow out of an input: submit it after this."""
+        reader = Reader(self._connection, self._background, *self._subjects(call, index))
         await reader.open()
         return reader
 
-    def _subjects(self, call: str, index: int, way: str) -> tuple[str, str]:
-        topology, credit = self._topology, "credit" if way == "out" else "allowed"
-        return topology.flow_subject(call, index, way), topology.flow_subject(call, index, credit)
+    def _subjects(self, call: str, index: int) -> tuple[str, str]:
+        flow_subject = self._topology.flow_subject
+        return flow_subject(call, index, "out"), flow_subject(call, index, "credit")
 
     async def close(self) -> None:
         """End all of them."""
@@ -72,16 +59,12 @@ class Writer:
         subject: str,
         credit: str,
         on_grant: Callable[[int], None],
-        on_gone: Callable[[], None] | None,
     ) -> None:
         self._connection = connection
         self._background = background
         self._subject = subject
         self._credit = credit
         self._on_grant = on_grant
-        self._on_gone = on_gone
-        self._heard = 0.0
-        self._word = b""
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._sent = 0
         self._begun = False
@@ -90,15 +73,13 @@ class Writer:
         """Whoever writes has begun, and can be taken as lost from now on if it falls silent."""
         if not self._begun:
             self._begun = True
-            self._heard = time.monotonic()
             self._background.spawn(self._run())
 
     def send(self, chunk: bytes) -> None:
         self._queue.put_nowait(chunk)
 
-    def end(self, word: bytes = b"") -> None:
-        """Nothing more will come. `word` says how it ended."""
-        self._word = word
+    def end(self) -> None:
+        """Nothing more will come."""
         self._queue.put_nowait(None)
 
     async def _run(self) -> None:
@@ -108,7 +89,7 @@ class Writer:
             while (body := await self._next()) is not None:
                 self._sent += 1
                 await self._say(Chunk(self._sent, body))
-            await self._say(End(self._sent, self._word))
+            await self._say(End(self._sent))
         finally:
             await _unsubscribe(subscription)
 
@@ -119,8 +100,6 @@ class Writer:
                     return await self._queue.get()
             except TimeoutError:
                 await self._say(Alive(self._sent))
-                if time.monotonic() - self._heard > SILENCE:
-                    self._leave()
 
     async def _say(self, message: Message) -> None:
         headers, body = encode(message)
@@ -128,16 +107,8 @@ class Writer:
             await self._connection.publish(self._subject, body, headers)
 
     async def _on_credit(self, message: Msg) -> None:
-        self._heard = time.monotonic()
         if message.data.isdigit():
             self._on_grant(int(message.data))
-        elif message.data == _GONE:
-            self._leave()
-
-    def _leave(self) -> None:
-        on_gone, self._on_gone = self._on_gone, None
-        if on_gone is not None:
-            on_gone()
 
 
 class Reader:
@@ -168,19 +139,6 @@ class Reader:
     def ended(self) -> bool:
         """Whether all of it has come."""
         return self._inflow.ended
-
-    @property
-    def word(self) -> bytes:
-        """What its writer said at the end."""
-        return self._inflow.word
-
-    def leave(self) -> None:
-        """Tell the writer that nobody reads on."""
-        self._background.spawn(self._say_gone())
-
-    async def _say_gone(self) -> None:
-        with contextlib.suppress(Error):  # the writer takes silence for the same
-            await self._connection.publish(self._credit, _GONE)
 
     def pop(self) -> bytes | None:
         """The next chunk; `None` if there is none now. Reading is what gives credit for more."""

@@ -81,9 +81,10 @@ class Line(Client):
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
-    async def listen(self, subject: str, taker: Callable[[Incoming], None]) -> Subscription:
-        """Call `taker` with each message at once, in the order they come; subscribed again after a reconnect."""
-        subscription = await self.subscribe(subject)
+    async def listen(self, subject: str, taker: Callable[[Incoming], None], queue: str = "") -> Subscription:
+        """Call `taker` with each message at once, in the order they come; subscribed again after a reconnect. Of those
+        who listen with the name of one `queue`, one gets each."""
+        subscription = await self.subscribe(subject, queue)
         self.takers[b"%d" % subscription._id] = taker
         return subscription
 

@@ -6,49 +6,43 @@ Workers that can run a web function listen on its subject as one group, so each 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import nats.errors
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from mesh.broker.bucket import Bucket
-from mesh.broker.connection import Connection
+from mesh.broker.connection import Connection, Unanswered
+from mesh.broker.exchanges import Exchange, Exchanges, Receipt
+from mesh.broker.lines import Incoming
 from mesh.protocol import is_call_id
 from mesh.topology import Topology
 
 GATEWAY_TTL = 30.0  # seconds a gateway is taken as alive after it last said so
 RENEW_GATEWAY = 10.0  # seconds between two such signs
 
+_VERSION = 1  # of a request: a byte; then whether more comes, the length of a method's name, and the name
+_HEAD = 3  # bytes
 _KEY = "gateway-"  # in the bucket of slots, whose own keys have dots
 _TOKEN = "proxy-token."  # in the bucket of what is about the environment
 _WORKERS = "workers"  # the group
 
 
-class Receipt(StrEnum):
-    """What a worker says of a request at once."""
-
-    TAKEN = "taken"
-    AGAIN = "again"  # it does not run this function any more: another one may
-    BUSY = "busy"  # too many wait
-
-
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request that came to a worker. `has_more`: not all of it is in `body`."""
+    """A request that came to a worker. `has_more`: not all of it is in `body`.
 
-    connection: Connection
+    Attributes:
+        method: of a class. exchange: what to answer on; who takes the request sets `exchange.told`.
+    """
+
     subject: str
-    inbox: str
     call: str
-    method: str  # of a class
+    method: str
     has_more: bool
     body: bytes
-
-    async def reply(self, receipt: Receipt) -> None:
-        await self.connection.publish(self.inbox, receipt.encode())
+    exchange: Exchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +57,55 @@ class Listening:
             await self.subscription.unsubscribe()
 
 
+def _nothing() -> None: ...
+
+
 class Web:
     """Requests and gateways of an environment."""
 
     def __init__(self, connection: Connection, topology: Topology) -> None:
         self._connection = connection
         self._topology = topology
+        self._exchanges = Exchanges(connection)
         self._bucket = Bucket(connection, topology, "slots")
         self._meta = Bucket(connection, topology, "meta")
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    async def submit(self, app: str, function: str, method: str, call: str, body: bytes, *, more: bool) -> Receipt:
-        """Give a request to a worker. Listen to its answer, the flow out of `call`, before this.
+    async def submit(
+        self, app: str, function: str, method: str, call: str, body: bytes, *, more: bool, told: Callable[[], object]
+    ) -> Exchange:
+        """Give a request to a worker; what its answer, or its refusal, comes by. `told`: as `Exchange` has it.
 
         Raises:
-            NoResponders: no worker runs this function. Unanswered: the server is away.
+            Unanswered: the server is away.
         """
-        headers = {"Mesh-Call": call, **({"Mesh-More": "1"} if more else {})}
-        if method:
-            headers["Mesh-Method"] = method
-        answer = await self._connection.request(self._topology.web_subject(app, function), body, headers)
-        return Receipt(answer.data.decode())
+        if not self._connection.is_up:
+            raise Unanswered("the server is away")
+        await self._exchanges.open()
+        exchange, reply = self._exchanges.begin(call, told)
+        head = bytes((_VERSION, more, len(method))) + method.encode()
+        self._connection.send(self._topology.web_subject(app, function), head + body, reply=reply)
+        return exchange
 
-    async def listen(self, app: str, function: str, on_arrival: Callable[[Arrival], Awaitable[None]]) -> Listening:
+    async def listen(self, app: str, function: str, on_arrival: Callable[[Arrival], None]) -> Listening:
         """Be given requests to a function, as one of its workers."""
 
-        async def deliver(message: Msg) -> None:
-            headers = message.headers or {}
-            call, more = headers.get("Mesh-Call", ""), "Mesh-More" in headers
-            if is_call_id(call):
-                method, about = headers.get("Mesh-Method", ""), (message.subject, message.reply)
-                await on_arrival(Arrival(self._connection, *about, call, method, more, message.data))
+        def deliver(message: Incoming) -> None:
+            call, data = message.reply.rpartition(".")[2], message.data
+            if not is_call_id(call) or len(data) < _HEAD:
+                return  # nobody could be answered
+            exchange = self._exchanges.answer(call, _nothing, message.reply)
+            if data[0] != _VERSION:
+                exchange.refuse(Receipt.AGAIN)
+                return
+            end = _HEAD + data[2]
+            method, more = data[_HEAD:end].decode("utf-8", "replace"), bool(data[1])
+            on_arrival(Arrival(message.subject, call, method, more, data[end:], exchange))
 
+        await self._exchanges.open()
         subject = self._topology.web_subject(app, function)
-        return Listening(await self._connection.subscribe(subject, deliver, queue=_WORKERS))
+        return Listening(await self._connection.listen(subject, deliver, queue=_WORKERS))
 
     # --- gateways ----------------------------------------------------------------------------------------------------
 
