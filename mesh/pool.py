@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mesh.worker")
 
-_READ_AHEAD = 8  # inputs a container holds besides the running one, where runs are short
 _SHORT = 0.05  # seconds; runs are short where their median is below this
+_READ_AHEAD = 8, 64  # inputs a container holds besides the running one, where runs are short: at least, and at most
+_AHEAD = 0.1  # seconds that those take together, where they are more than the least
 _SOON = 0.2  # seconds an input waits for a container here where others have slots of its function, too
 _HOSTAGE = 1.0  # seconds after which inputs do not wait behind a running one any longer
 _REFUSED_BATCH = 100  # inputs that nobody can run, of a removed function for example, taken at once to be failed
@@ -80,6 +81,7 @@ class Pool:
         self.start_error = ""
         self._why_resting = ""
         self._feeding = False
+        self._abouts: dict[tuple[str, bool], About] = {}  # by function or method, and whether it yields
         self._set_spec()
         self._deployed_anew()
 
@@ -146,14 +148,18 @@ class Pool:
 
     def _about(self, held: Held) -> About:
         """By which version an input is run, and with which options; generators of a class share none of its retries."""
-        return About(
-            app=self.key.app,
-            function=held.lease.address.function if held.lease.address is not None else self.key.function,
-            code=self.record.version[:12],
-            worker=self._worker.name,
-            spec=dataclasses.replace(self.spec, retries=None) if held.generates else self.spec,
-            crash_budget=self._worker.settings.crash_budget,
-        )
+        function = held.lease.address.function if held.lease.address is not None else self.key.function
+        about = self._abouts.get((function, held.generates))
+        if about is None:
+            about = self._abouts[function, held.generates] = About(
+                app=self.key.app,
+                function=function,
+                code=self.record.version[:12],
+                worker=self._worker.name,
+                spec=dataclasses.replace(self.spec, retries=None) if held.generates else self.spec,
+                crash_budget=self._worker.settings.crash_budget,
+            )
+        return about
 
     # --- changes from outside ----------------------------------------------------------------------------------------
 
@@ -177,6 +183,7 @@ class Pool:
 
     def _set_spec(self) -> None:
         """The options in force. What the pool asks for may make no sense with what is deployed now."""
+        self._abouts.clear()
         self.refusal = self._never_starts
         try:
             self.variant = self.variant.of(self.record.spec)
@@ -299,12 +306,11 @@ class Pool:
         """Inputs a container may hold besides what it runs: where that is one, and short."""
         answers = self.spec.may_yield or self.spec.webs  # as it goes on, to somebody who waits
         alone = container.max_inputs == 1 and self.spec.max_batch_size is None and not answers
-        return _READ_AHEAD if alone and self._short and container.running_for < _HOSTAGE else 0
-
-    @property
-    def _short(self) -> bool:
         median = self.scaling.autoscaler.median
-        return median is not None and median < _SHORT
+        if median is None or median >= _SHORT or not alone or container.running_for >= _HOSTAGE:
+            return 0
+        least, most = _READ_AHEAD
+        return min(most, max(least, int(_AHEAD / max(median, 1e-6))))
 
     def _give(self, container: Container, inputs: Sequence[Held]) -> None:
         """Have a container run an input, or a batch."""

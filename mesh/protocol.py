@@ -31,6 +31,7 @@ _ID_LENGTH = 26  # 10 characters of time, 8 of randomness, 8 of the client's tok
 _TOKEN_LENGTH = 8
 ERROR_TEXT_LIMIT = 500  # characters of `Mesh-Error`
 PREVIEW_LIMIT = 120  # characters of `Mesh-Preview`
+_CALL_ID = re.compile(rf"fc-[{_CROCKFORD}]{{{_ID_LENGTH}}}")
 _MAJOR = re.compile(r"[0-9]{1,9}")
 
 
@@ -104,7 +105,7 @@ def new_call_id(token: str, at: float | None = None) -> str:
 
 
 def is_call_id(text: str) -> bool:
-    return text.startswith("fc-") and len(text) == 3 + _ID_LENGTH and all(c in _CROCKFORD for c in text[3:])
+    return _CALL_ID.fullmatch(text) is not None
 
 
 def call_time(call: str) -> float:
@@ -156,6 +157,17 @@ def _format_second(seconds: int) -> str:
 
 def parse_time(text: str) -> float:
     """The inverse of `format_time`; also takes other zones and precisions, as a person may write them."""
+    if len(text) == 24 and text[19] == "." and text[23] == "Z" and text[20:23].isdecimal():  # our own, many a second
+        return _parse_second(text[:19]) + int(text[20:23]) / 1000
+    return _parse_moment(text)
+
+
+@lru_cache(maxsize=8)
+def _parse_second(text: str) -> float:
+    return _parse_moment(text + "Z")
+
+
+def _parse_moment(text: str) -> float:
     try:
         moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:

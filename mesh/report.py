@@ -14,6 +14,8 @@ logger = logging.getLogger("mesh.worker")
 
 def began(held: Held, worker: str, container: str, attempt: int) -> None:
     """A container was given the input. Said only where somebody wants to see everything."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
     facts = {"worker": worker, "container": container, "attempt": attempt}
     _of_call(logging.DEBUG, "began", held, f"→ {{}} try {attempt} on {container}", facts)
 
@@ -21,6 +23,8 @@ def began(held: Held, worker: str, container: str, attempt: int) -> None:
 def ended(held: Held, verdict: Final | Again) -> None:
     """It has its result, or is tried again. Successes are said only where somebody wants to see everything."""
     match verdict:
+        case Final(result, _) if result.state is State.SUCCEEDED and not logger.isEnabledFor(logging.DEBUG):
+            return
         case Final(result, _):
             facts = {"state": result.state, "worker": result.worker, "attempt": result.attempt, "error": result.error}
             if result.state is State.SUCCEEDED:

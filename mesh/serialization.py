@@ -14,6 +14,7 @@ can import that, and what comes back under that name is answered from `__main__`
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -69,6 +70,9 @@ _JSON_LEAVES: frozenset[type] = frozenset((str, int, bool, type(None)))
 _MSGPACK_LEAVES = _JSON_LEAVES | {bytes}
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # `dumps` would make it anew each time
+
+
 def encode(value: object, main_as: str | None = None) -> tuple[Format, bytes]:
     """`value` in the first format that holds it exactly.
 
@@ -81,7 +85,7 @@ def encode(value: object, main_as: str | None = None) -> tuple[Format, bytes]:
     """
     if _fits(value, _JSON_KEYS, _JSON_LEAVES, set()):
         try:
-            return Format.JSON, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+            return Format.JSON, _to_json(value).encode()
         except ValueError:  # lone surrogates, or a number of more than 4,300 digits
             pass
     elif _fits(value, _MSGPACK_KEYS, _MSGPACK_LEAVES, set()):
@@ -171,10 +175,15 @@ def main_name() -> str | None:
     if spec is not None:
         name = spec.name  # of `python -m shop`: shop.__main__, for `shop` is the package around it
     elif getattr(main, "__file__", None):
-        name = Path(cast(str, cast(types.ModuleType, main).__file__)).stem
+        name = _stem(cast(str, cast(types.ModuleType, main).__file__))
     else:
         return None
     return None if name == "__main__" or name.split(".")[0] == "mesh" else name
+
+
+@functools.lru_cache(maxsize=1)  # asked for at each call
+def _stem(file: str) -> str:
+    return Path(file).stem
 
 
 def _named(module: str, qualname: str) -> Any:
