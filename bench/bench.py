@@ -6,6 +6,7 @@
     python3 dev bench --deploy                                 deploying 500 functions
     python3 dev bench --containers                             calls a second, with 1, 2 and 4 containers
     python3 dev bench --scaling                                containers that follow a load, drawn as docs/scaling.svg
+    python3 dev bench --peers [--help]                         beside other queues, written to docs/benchmarks.md
 
 Each prints one table under a line about the machine, and writes it to `--json FILE`, too.
 """
@@ -13,6 +14,7 @@ Each prints one table under a line about the machine, and writes it to `--json F
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import calls
@@ -43,6 +45,11 @@ def measured(options: argparse.Namespace) -> tuple[str, list[Row]]:
 
 
 def main() -> None:
+    if "--peers" in sys.argv:
+        from peers.main import main as beside_peers
+
+        beside_peers([argument for argument in sys.argv[1:] if argument != "--peers"])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     for name in ("cold", "idle", "deploy", "containers", "scaling"):

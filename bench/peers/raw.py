@@ -1,0 +1,44 @@
+"""JetStream itself, as `raw_limit.py` uses it: it gives arguments back as results, and runs no code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from raw_limit import RawClient, connect
+
+from peers.peer import URL, Peer
+
+
+class Client(Peer):
+    async def open(self) -> None:
+        self.client = await connect(URL)
+        self.raw = RawClient(self.client)
+        await self.raw.prepare()
+
+    async def close(self) -> None:
+        await self.client.close()
+
+    async def submit(self, kind: str, value: Any) -> Any:
+        key = f"r{next(self.raw.numbers)}"
+        answer = self.raw.expect(key)
+        await self.raw.js.publish(f"calls.{key}", json.dumps([kind, value]).encode())
+        return answer
+
+    async def submit_many(self, kind: str, values: Sequence[Any]) -> list[Any]:
+        answers, accepted = [], []
+        for value in values:
+            key = f"r{next(self.raw.numbers)}"
+            answers.append(self.raw.expect(key))
+            body = json.dumps([kind, value]).encode()
+            accepted.append(await self.raw.js.publish_async(f"calls.{key}", body))
+        await asyncio.gather(*accepted)
+        return answers
+
+    async def result(self, handle: Any, timeout: float) -> Any:
+        return json.loads(await asyncio.wait_for(handle, timeout))[1]
+
+    async def results(self, handles: Sequence[Any], timeout: float) -> list[Any]:
+        return [json.loads(body)[1] for body in await asyncio.wait_for(asyncio.gather(*handles), timeout)]
