@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from mesh import context, serialization
-from mesh._sync import both, both_static
+from mesh._sync import both, both_generators, both_static
 from mesh.exception import (
     DeserializationError,
     ExecutionError,
@@ -19,6 +20,7 @@ from mesh.exception import (
     UnimplementedError,
 )
 from mesh.protocol import (
+    SEVERAL,
     Address,
     CancelRequest,
     Failure,
@@ -114,7 +116,7 @@ class FunctionCall(Generic[R]):
         from mesh.broker import translated
 
         async with translated(f"reading the result of {self._id}"):
-            return await broker.results.get(key)
+            return await (broker.results.answer(key) if self._address is None else broker.results.get(key))
 
     async def _read_or_wait(self, broker: Broker, key: str, timeout: float | None, index: int) -> Result:
         """Listen first, then read, then wait: whatever happens in between is not missed.
@@ -183,12 +185,30 @@ class FunctionCall(Generic[R]):
         from mesh.broker import translated
 
         async with translated(f"looking for {self._id}"):
-            if await broker.calls.find(self._id, index, at=self._address) is not None:
+            queued = await broker.calls.find(self._id, index, at=self._address)
+            if queued is not None and queued.headers.get("Mesh-Kind", "") not in SEVERAL:
                 return None
-            result = await broker.results.get(self._key(index))
-            if result is None:
-                raise await self._gone(broker)
+            result = await broker.results.answer(self._key(index))
+            if result is None and queued is None:
+                await self._check_coming(broker, index)
             return result
+
+    async def _check_coming(self, broker: Broker, index: int) -> None:
+        """See that an input is still to be submitted, that is neither queued nor has ended.
+
+        Raises:
+            NotFoundError, OutputExpiredError: it is not.
+        """
+        record = await broker.several.get(self._id)
+        if record is None:
+            raise await self._gone(broker) if index == 0 else NotFoundError(f"there is no input {index} of {self._id}")
+        if record.count is None and await broker.several.is_being_submitted(record):
+            return
+        inputs = await broker.several.inputs_of(record)
+        if index < inputs:
+            raise await self._gone(broker)
+        cut = "" if record.count is not None else ": who submitted it has gone half-way"
+        raise NotFoundError(f"call {self._id} has {inputs:,} inputs, and none with the index {index:,}{cut}")
 
     async def _gone(self, broker: Broker) -> Exception:
         max_age = await broker.max_age()
@@ -227,42 +247,67 @@ class FunctionCall(Generic[R]):
             raise ExecutionError(f"{what} of {self._id} cannot be read here: {error}") from error
 
     @both
-    async def status(self, /, *, index: int = 0) -> CallStatus:
+    async def status(self, /, *, index: int | None = None) -> CallStatus:
         """What has become of the call: state, attempts, times, worker, last error. Does not read its value.
+
+        Of a call of several inputs also how many of them are `outstanding`, `done`, `failed` and `cancelled`; its state
+        is that of the first that has not ended.
+
+        Args:
+            index: of this input alone.
 
         Raises:
             NotFoundError, OutputExpiredError: as `get`.
         """
         from mesh.broker import translated
-        from mesh.status import find_status
+        from mesh.status import find_call, find_status
 
         broker = await self._broker()
-        self._key(index)
+        self._key(index or 0)
         async with translated(f"looking for {self._id}"):
-            found = await find_status(broker, self._id, index, at=self._address)
+            if index is None and self._address is None:
+                found = await find_call(broker, self._id)
+            else:
+                found = await find_status(broker, self._id, index or 0, at=self._address)
         if found is None:
             raise await self._gone(broker)
         return found
 
     @both
     async def num_inputs(self, /) -> int:
-        """How many inputs the call has: 1 for `spawn` and `remote`, of `map` as many as were submitted so far.
+        """How many inputs the call has: 1 for `spawn` and `remote`, of others as many as were submitted so far.
 
         Raises:
             NotFoundError, OutputExpiredError: as `get`.
         """
         from mesh.broker import translated
-        from mesh.status import count_inputs
 
         if self._address is not None:
             return 1
         broker = await self._broker()
         self._key(0)
         async with translated(f"looking for {self._id}"):
-            _, inputs = await count_inputs(broker, self._id)
-        if not inputs:
-            raise await self._gone(broker)
-        return inputs
+            if (record := await broker.several.find(self._id)) is not None:
+                return await broker.several.inputs_of(record)
+            await self._look(broker, 0)
+        return 1
+
+    @both_generators
+    def iter(self, /, *, start: int = 0, end: int | None = None) -> AsyncGenerator[list[R], None]:
+        """The values of the inputs in their order, from `start` to before `end`, each once it is there: `for value in
+        call.iter()`, or `async for value in call.iter.aio()`. Without `end` to the last, of a call that is still being
+        submitted as it comes. Any process may do it, and begin again where it left off.
+
+        Raises:
+            ValueError: there is no such range.
+            Exception: what an input raised, in its place; `RemoteError` where it was cancelled. Also what `get` raises:
+                where its submitter went half-way, `NotFoundError` behind the last input.
+        """
+        from mesh.iterating import outputs_of
+
+        if start < 0 or (end is not None and end < start):
+            raise ValueError(f"inputs are counted from 0: start {start} and end {end} make no range")
+        return outputs_of(self, start, end)
 
     @both_static
     @staticmethod
@@ -320,10 +365,6 @@ class FunctionCall(Generic[R]):
         await behind(broker, self._cancel)
 
     # --- what later issues build -------------------------------------------------------------------------------------
-
-    def iter(self, *, start: int = 0, end: int | None = None) -> Any:
-        """Not built yet."""
-        raise UnimplementedError("FunctionCall.iter is not built yet")
 
     def get_call_graph(self) -> Any:
         """Not built yet."""

@@ -1,7 +1,8 @@
 """Cancelling a call, from the side of whoever wants it ended. Works with its worker, and without any.
 
-One of two ends it: the worker that holds it, which answers the request, stops it, and stores the cancelled result once
-nothing of it runs; or, where no worker holds it, the canceller itself. «Create if there is none» decides every race.
+One of two ends an input: the worker that holds it, which answers the request, stops it, and stores the cancelled
+result once nothing of it runs; or, where no worker holds it, the canceller itself. «Create if there is none» decides
+every race. A call of several inputs ends as a whole, by one result for all that have none (`broker.several`).
 """
 
 from __future__ import annotations
@@ -11,63 +12,55 @@ import time
 
 from mesh.broker import Broker, Stored
 from mesh.exception import RemoteError, ServiceError
-from mesh.protocol import Address, CancelRequest, Result, State, failure
-from mesh.settle import end_without_lease
+from mesh.protocol import SEVERAL, Address, CancelRequest, Result, State, end_key, failure
+from mesh.records import CallRecord
+from mesh.settle import end_without_lease, quarantine_stored
 
 _ASK_LISTED = 2.0  # seconds to ask again where a live worker lists the input, but does not answer
 _LOOK_AGAIN = 5.0  # seconds of waiting for the worker's result after which everything is looked at anew
 _PAUSE = 0.1  # seconds between two requests to a worker that is ending what it ran
-_TOGETHER = 256  # inputs of one call that are ended at once
 _GIVE_UP = 90.0  # seconds; longer than any worker takes to end what does not want to (`cancel_grace`, then SIGKILL)
 
 
 async def cancel_call(broker: Broker, call: str, *, request: CancelRequest) -> State | None:
-    """End all inputs of a call, those included that its caller submits meanwhile: he stops at the first that is
-    cancelled. Returns `CANCELLED` if any was; else the state of its first one, `None` if the mesh does not know it.
+    """End all inputs of a call. Returns `CANCELLED` if any was; else the state it had come to, `None` if the mesh does
+    not know it.
 
-    The workers are asked for all of it at once, so what many inputs take is to end those that nobody holds.
+    Of a call of several inputs one result is stored, its end, which answers for all inputs that have no other, those
+    included that its caller submits meanwhile. From then on workers refuse them; who waits is told. When this returns,
+    nothing of it runs; what is in the queue, workers take out (`clearing`).
 
     Raises:
         ServiceError: as `cancel_input`.
     """
-    began, ended = time.monotonic(), set[str]()
-    looks = 0
-    while time.monotonic() - began < _GIVE_UP:
-        workers = await broker.workers.all()
-        held = await broker.cancels.ask_all(call, request, len(workers))
-        left = await broker.calls.of_call(call)
-        ended |= {address.key for address in left}
-        if not left and not held:
-            looks += 1
-            if looks > 1 or not ended:
-                return await _came_to(broker, call, ended)
-        if time.monotonic() - began < _ASK_LISTED:  # a worker that lists an input, but does not answer, may be paused
-            running = {key for worker in workers for key in worker.running}
-            held |= {address.index for address in left if address.key in running}
-        await _end_all(broker, [address for address in left if address.index not in held], request.reason)
-        await asyncio.sleep(_PAUSE)  # for what ends in workers, or is just being submitted
-    raise ServiceError(f"call {call}: a worker said that it would end its inputs, and has not after {_GIVE_UP:g} s")
+    record = await broker.several.find(call)
+    if record is None:
+        return await cancel_input(broker, call, request=request)
+    if record.count is not None and not await broker.several.queued(record):
+        return await _came_to(broker, record)
+    cancelled = _cancelled(request.reason, record.app, record.function)
+    await broker.results.create(end_key(call), cancelled, record.result_ttl)
+    await _until_nothing_runs(broker, call, request)
+    if not await broker.workers.all():
+        await broker.several.drop(record)
+    return State.CANCELLED
 
 
-async def _end_all(broker: Broker, free: list[Address], reason: str) -> None:
-    """End inputs that no worker holds, each in its place."""
-    together = asyncio.Semaphore(_TOGETHER)
-
-    async def end(address: Address) -> None:
-        async with together:
-            queued = await broker.calls.find(address.call, address.index, at=address)
-            if queued is not None:
-                await _end(broker, queued, reason)
-
-    await asyncio.gather(*map(end, free))
-
-
-async def _came_to(broker: Broker, call: str, ended: set[str]) -> State | None:
-    results = await broker.results.get_many({f"{call}.0"} | ended)
-    if any(result.state is State.CANCELLED for key, result in results.items() if key in ended):
+async def _came_to(broker: Broker, record: CallRecord) -> State:
+    """The state of a call of several inputs that have all ended."""
+    if await broker.results.end(record.call) is not None:
         return State.CANCELLED
-    first = results.get(f"{call}.0")
-    return first.state if first else None
+    return State.FAILED if await broker.several.died(record) else State.SUCCEEDED
+
+
+async def _until_nothing_runs(broker: Broker, call: str, request: CancelRequest) -> None:
+    """Until no worker says that it holds an input of the call."""
+    began = time.monotonic()
+    while time.monotonic() - began < _GIVE_UP:
+        if not await broker.cancels.ask_all(call, request, len(await broker.workers.all())):
+            return
+        await asyncio.sleep(_PAUSE)
+    raise ServiceError(f"call {call}: a worker said that it would end its inputs, and has not after {_GIVE_UP:g} s")
 
 
 async def cancel_input(
@@ -126,8 +119,42 @@ async def _listed(broker: Broker, key: str) -> bool:
 async def _end(broker: Broker, queued: Stored, reason: str) -> None:
     """No worker holds it: store the cancelled result, then take this one message out of the queue."""
     address = broker.calls.address(queued)
-    if address is None:
-        return
-    cancelled = failure(RemoteError, f"cancelled: {reason}")
-    result = Result.of_failure(State.CANCELLED, cancelled, app=address.app, function=address.function)
-    await end_without_lease(broker, queued, address, result)
+    if address is not None:
+        cancelled = _cancelled(reason, address.app, address.function)
+        await end_without_lease(broker, queued, address, cancelled)
+
+
+def _cancelled(reason: str, app: str, function: str) -> Result:
+    return Result.of_failure(State.CANCELLED, failure(RemoteError, f"cancelled: {reason}"), app=app, function=function)
+
+
+# --- an app that ends ------------------------------------------------------------------------------------------------
+
+
+async def cancel_queued(broker: Broker, app: str, reason: str) -> None:
+    """End all that is queued of an app, whose workers have let go of it, and take it out of the queue."""
+    while queued := await broker.calls.of_app(app):
+        for call in {address.call for stored in queued if (address := _of_several(broker, stored)) is not None}:
+            await _end_several(broker, call, reason)
+        alone = [stored for stored in queued if _of_several(broker, stored) is None]
+        await asyncio.gather(*(_end_or_put_aside(broker, stored, reason) for stored in alone))
+
+
+def _of_several(broker: Broker, stored: Stored) -> Address | None:
+    address = broker.calls.address(stored)
+    return address if stored.headers.get("Mesh-Kind", "") in SEVERAL else None
+
+
+async def _end_several(broker: Broker, call: str, reason: str) -> None:
+    record = await broker.several.find(call)
+    if record is not None:
+        cancelled = _cancelled(reason, record.app, record.function)
+        await broker.results.create(end_key(call), cancelled, record.result_ttl)
+        await broker.several.drop(record)
+
+
+async def _end_or_put_aside(broker: Broker, stored: Stored, reason: str) -> None:
+    if broker.calls.address(stored) is None:
+        await quarantine_stored(broker, stored, reason)
+    else:
+        await _end(broker, stored, reason)

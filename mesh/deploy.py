@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING
 import mesh
 from mesh import hosts, image, serialization, vault
 from mesh.bundle import Bundle, collect
-from mesh.exception import ConflictError, InvalidError, NotFoundError, RemoteError, SerializationError
-from mesh.protocol import PoolKey, Result, State, failure
+from mesh.cancel import cancel_queued
+from mesh.exception import ConflictError, InvalidError, NotFoundError, SerializationError
+from mesh.protocol import PoolKey
 from mesh.records import AppHead, AppState, Code, FunctionRecord, Removal
-from mesh.settle import end_without_lease, quarantine_stored
 
 if TYPE_CHECKING:
     from mesh.app import Definition
@@ -401,21 +401,3 @@ async def end_run(broker: Broker, app: str) -> None:
     await broker.registry.erase(app)
     await broker.registry.code.erase(app)
     await broker.runs.end(app)
-
-
-async def cancel_queued(broker: Broker, app: str, reason: str) -> int:
-    """Give every queued call of an app a cancelled result, and take it out of the queue; returns how many."""
-    count = 0
-    while True:
-        queued = await broker.calls.of_app(app)
-        if not queued:
-            return count
-        for stored in queued:
-            address = broker.calls.address(stored)
-            if address is None:
-                await quarantine_stored(broker, stored, reason)
-            else:
-                cancelled = failure(RemoteError, f"cancelled: {reason}")
-                about = {"app": address.app, "function": address.function}
-                await end_without_lease(broker, stored, address, Result.of_failure(State.CANCELLED, cancelled, **about))
-            count += 1

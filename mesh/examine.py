@@ -9,6 +9,7 @@ same holds for inputs that were stored before their consumer was made: it was de
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from enum import Enum, auto
 
 from mesh.background import Background
 from mesh.broker import Broker, Lease
-from mesh.protocol import Result
+from mesh.ends import Ends
+from mesh.protocol import Result, State
 from mesh.settle import Held, Settler
 
 logger = logging.getLogger("mesh.worker")
@@ -35,9 +37,10 @@ class Finding(Enum):
 class Examiner:
     """Looks into inputs, many at a time."""
 
-    def __init__(self, broker: Broker, settler: Settler, worker: str) -> None:
+    def __init__(self, broker: Broker, settler: Settler, ends: Ends, worker: str) -> None:
         self._broker = broker
         self._settler = settler
+        self._ends = ends
         self._worker = worker
         self._background = Background()
         self._waiting: list[tuple[Held, Callable[[Held, Finding], None]]] = []
@@ -86,7 +89,9 @@ class Examiner:
         for held, _ in waiting:
             if held.lease.delivery > 1:  # after a restart such a delivery comes again at once unless it is renewed
                 await held.lease.renew()
-        stored = await self._settler.insist(lambda: self._broker.results.get_many([held.key for held, _ in waiting]))
+        stored = await self._settler.insist(lambda: self._broker.results.answers([held.key for held, _ in waiting]))
+        for call in {held.call for held, _ in waiting if _is_cancelled(stored.get(held.key))}:
+            await self._settler.insist(functools.partial(self._ends.suspect, call))
         elsewhere = await self._held_elsewhere([held for held, _ in waiting if held.key not in stored])
         for held, then in waiting:
             self._background.spawn(self._conclude(held, then, stored.get(held.key), held.key in elsewhere))
@@ -112,3 +117,7 @@ class Examiner:
 
     async def close(self) -> None:
         await self._background.cancel()
+
+
+def _is_cancelled(result: Result | None) -> bool:
+    return result is not None and result.state is State.CANCELLED

@@ -60,6 +60,8 @@ class Intake:
         elif lease.refusal is not None:
             refused = failure(type(lease.refusal), str(lease.refusal))
             self._pool.settle(held, Execution(kind=Kind.REFUSED, failure=refused))
+        elif lease.address.call in self._worker.ends:
+            self._worker.background.spawn(self._refuse(held))
         elif self._worker.examiner.needed(lease):
             self._worker.examiner.examine(held, self._on_examined)
         else:
@@ -71,6 +73,14 @@ class Intake:
         logger.warning("put aside %s: %s", held.lease.subject, held.lease.refusal)
         try:
             await self._worker.settler.quarantine(held.lease)
+        finally:
+            self._worker.release(held)
+            self._pool.feed()
+
+    async def _refuse(self, held: Held) -> None:
+        """An input of a call that was cancelled as a whole, which has ended with that."""
+        try:
+            await self._worker.settler.insist(held.lease.ack)
         finally:
             self._worker.release(held)
             self._pool.feed()

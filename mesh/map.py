@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from contextvars import copy_context
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from mesh import context
 from mesh.behind import behind
 from mesh.cancel import cancel_call
-from mesh.exception import ClientClosed, ExecutionError, InvalidError, ResourceExhaustedError, ServerWarning
+from mesh.exception import ClientClosed, ResourceExhaustedError, ServerWarning
+from mesh.inputs import Source, Wanted, open_source
 from mesh.protocol import CancelRequest, Input, Result, State, new_call_id
+from mesh.submission import Recorder, until_cancelled
 
 if TYPE_CHECKING:
     from mesh.broker import Broker
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from mesh.sdk import Function
     from mesh.target import Target
 
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 R = TypeVar("R")
 
 LIMIT = 1_000  # inputs that were read and whose outputs are not taken yet
@@ -38,43 +35,6 @@ _TAKEN = 100  # outputs taken at once; few beside LIMIT, so that work goes on wh
 _SILENCE = 3.0  # seconds without any output after which a caller is told that no worker is there
 _LOOK_AGAIN = 30.0  # seconds between looks whether an output can still come
 _FULL_PAUSE = 1.0  # seconds until a full queue is tried again
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What a caller asked for.
-
-    Attributes:
-        method: map, starmap or for_each. iterables: read together, the shortest ends; of starmap there is one, whose
-            items hold all positional arguments. kwargs: given to each input.
-        ordered: outputs come in the order of the inputs, else as they are there.
-        return_exceptions: what a failed input raised is its output, instead of the end of everything.
-    """
-
-    method: str
-    iterables: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    ordered: bool
-    return_exceptions: bool
-
-    def __post_init__(self) -> None:
-        if not self.iterables:
-            raise InvalidError(
-                f"{self.method} takes at least one iterable of inputs, such as .{self.method}(range(10))"
-            )
-        for given in self.iterables:
-            if not isinstance(given, Iterable | AsyncIterable):
-                raise InvalidError(
-                    f"{self.method} takes iterables of inputs, not {given!r}; one input is .remote({given!r})"
-                )
-
-    def arguments(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The positional arguments of one input."""
-        if self.method != "starmap":
-            return items
-        if not isinstance(items[0], Iterable):
-            raise InvalidError(f"starmap takes an iterable of argument tuples, and {items[0]!r} is none; use .map()")
-        return tuple(items[0])
 
 
 async def outputs(function: Function[..., R], wanted: Wanted) -> AsyncGenerator[list[R], None]:
@@ -104,11 +64,13 @@ class _Running(Generic[R]):
         self._target = target
         self._wanted = wanted
         self._id = new_call_id(broker.token)
-        self._source = self._open()
+        self._source: Source[Input] = open_source(wanted, self._input, LIMIT)
+        self._recorder = Recorder(broker, target, self._id, wanted.method)
         self._submitting = asyncio.Semaphore(_SUBMITTING)
         self._begun = asyncio.Event()  # the first is submitted
         self._unsettled = 0  # inputs that were, or may have been, submitted, and have no result
         self._accepted = 0  # those of them that certainly were
+        self._submitted = 0
         self._outputs: dict[int, R] = {}
         self._came = 0
         self._next = 0
@@ -169,17 +131,36 @@ class _Running(Generic[R]):
 
     async def _drive(self) -> None:
         try:
-            async with asyncio.TaskGroup() as inputs:
-                async for input in self._source:
-                    inputs.create_task(self._run(input))
-                    await self._begun.wait()  # what the first one looks up first, the others have: none overtakes one
+            async with asyncio.TaskGroup() as tasks:
+                heeding = tasks.create_task(self._heed())
+                await self._submit_all()
+                heeding.cancel()
             self._error = None
         except BaseExceptionGroup as failed:
-            self._error = failed.exceptions[0]  # the others only followed
+            self._error = _first(failed)
         finally:
             self._source.close()
+            self._recorder.close()
             if self._unsettled and not self._target.spec.detach:
                 await self._cancel_behind()
+
+    async def _submit_all(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as inputs, contextlib.aclosing(self._source.batches()) as batches:
+                async for batch in batches:
+                    for input in batch:
+                        if not self._begun.is_set():
+                            await self._recorder.begin()
+                        inputs.create_task(self._run(input))
+                        await self._begun.wait()  # what the first one looks up first, the others have
+        finally:
+            if self._begun.is_set():
+                self._broker.parting.spawn(self._recorder.end())
+
+    async def _heed(self) -> NoReturn:
+        """End all of it when somebody cancels the call, also while nothing of it is under way."""
+        self._call(0)._value(self._broker, await until_cancelled(self._broker, self._id))
+        raise AssertionError("a cancelled call has no value")
 
     async def _run(self, input: Input) -> None:
         """One input, until its output is there."""
@@ -190,6 +171,8 @@ class _Running(Generic[R]):
             await self._submit(input)
             del input  # its arguments may be large, and the wait long
             self._accepted += 1
+            self._submitted += 1
+            self._recorder.accepted(self._submitted)
             self._begun.set()
             result = await self._wait(waiter, index)
         finally:
@@ -242,137 +225,12 @@ class _Running(Generic[R]):
     def _call(self, index: int) -> FunctionCall[R]:
         return self._function._call_of(self._broker, self._target, self._id, index)
 
-    # --- inputs ------------------------------------------------------------------------------------------------------
-
-    def _open(self) -> _Source[Input]:
-        """The inputs. Each is encoded before the next is read, which may be the same object with another content."""
-        iterables = self._wanted.iterables
-        plain = [given for given in iterables if isinstance(given, Iterable) and not isinstance(given, AsyncIterable)]
-        if len(plain) == len(iterables):
-            return _Threaded(self._encoded(plain), LIMIT)
-        return _Awaited(self._encoded_as_they_come(), LIMIT)
-
-    def _encoded(self, iterables: Iterable[Iterable[Any]]) -> Iterator[Input]:
-        for index, items in enumerate(zip(*iterables, strict=False)):
-            yield self._input(index, items)
-
-    async def _encoded_as_they_come(self) -> AsyncGenerator[Input, None]:
-        async with contextlib.aclosing(_zipped(self._wanted.iterables)) as read:
-            index = 0
-            async for items in read:
-                yield self._input(index, items)
-                index += 1
-
-    def _input(self, index: int, items: tuple[Any, ...]) -> Input:
-        args, kwargs = self._wanted.arguments(items), dict(self._wanted.kwargs)
+    def _input(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Input:
         return self._function._input(self._broker, self._target, "map", args, kwargs, call=self._id, index=index)
 
 
-# --- reading what may block ------------------------------------------------------------------------------------------
-
-
-class _Source(Protocol[T_co]):
-    """Items that are read as far ahead as there is room: so many at first, and for each of `more` another."""
-
-    def __aiter__(self) -> AsyncIterator[T_co]: ...
-    def more(self, count: int) -> None: ...
-    def close(self) -> None: ...
-
-
-class _Threaded(Generic[T]):
-    """A plain iterable, read in a thread of its own, since its next item may take as long as it likes."""
-
-    def __init__(self, items: Iterable[T], ahead: int) -> None:
-        self._items = items
-        self._room = threading.Semaphore(ahead)
-        self._closed = False
-        self._loop = asyncio.get_running_loop()
-        self._read: asyncio.Queue[tuple[T] | BaseException] = asyncio.Queue()
-        # A daemon: a program must be able to end while its iterable waits for something.
-        threading.Thread(target=copy_context().run, args=(self._run,), name="mesh-inputs", daemon=True).start()
-
-    def more(self, count: int) -> None:
-        if count:
-            self._room.release(count)
-
-    def close(self) -> None:
-        """Read no more. What is being read now is left to end by itself."""
-        self._closed = True
-        self._room.release()
-
-    async def __aiter__(self) -> AsyncGenerator[T, None]:
-        while True:
-            item = await self._read.get()
-            if isinstance(item, tuple):
-                yield item[0]
-            elif isinstance(item, StopIteration):
-                return
-            else:
-                raise item
-
-    def _run(self) -> None:
-        try:
-            items = iter(self._items)
-            while self._room.acquire() and not self._closed:
-                self._hand_over((next(items),))
-        except Exception as error:  # noqa: BLE001 - StopIteration, or whatever the iterable raised
-            self._hand_over(error)
-        except BaseException as error:  # noqa: BLE001 - SystemExit and the like would end the loop instead of the map
-            stopped = ExecutionError(f"the iterable of inputs raised {error!r}")
-            stopped.__cause__ = error
-            self._hand_over(stopped)
-
-    def _hand_over(self, item: tuple[T] | BaseException) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever wanted the items
-            self._loop.call_soon_threadsafe(self._read.put_nowait, item)
-
-
-class _Awaited(Generic[T]):
-    """An asynchronous iterator, read on this loop."""
-
-    def __init__(self, items: AsyncGenerator[T, None], ahead: int) -> None:
-        self._items = items
-        self._room = asyncio.Semaphore(ahead)
-
-    def more(self, count: int) -> None:
-        for _ in range(count):
-            self._room.release()
-
-    def close(self) -> None:
-        """Nothing to do: whoever reads closes what it reads."""
-
-    async def __aiter__(self) -> AsyncGenerator[T, None]:
-        async with contextlib.aclosing(self._items) as items:
-            while True:
-                await self._room.acquire()
-                try:
-                    item = await anext(items)
-                except StopAsyncIteration:
-                    return
-                yield item
-
-
-async def _zipped(iterables: Iterable[Iterable[Any] | AsyncIterable[Any]]) -> AsyncGenerator[tuple[Any, ...], None]:
-    """`zip` for iterables of both kinds, at least one of them asynchronous."""
-    threaded: list[_Threaded[Any]] = []
-    readers: list[AsyncIterator[Any]] = []
-    for given in iterables:
-        if isinstance(given, AsyncIterable):
-            readers.append(aiter(given))
-        else:
-            threaded.append(_Threaded(given, 1))
-            readers.append(aiter(threaded[-1]))
-    try:
-        while True:
-            items: list[Any] = []
-            for reader in readers:
-                try:
-                    items.append(await anext(reader))
-                except StopAsyncIteration:
-                    return
-            yield tuple(items)
-            for source in threaded:
-                source.more(1)
-    finally:
-        for source in threaded:
-            source.close()
+def _first(failed: BaseException) -> BaseException:
+    """What went wrong first; the others only followed."""
+    while isinstance(failed, BaseExceptionGroup):
+        failed = failed.exceptions[0]
+    return failed

@@ -31,6 +31,8 @@ _ID_LENGTH = 26  # 10 characters of time, 8 of randomness, 8 of the client's tok
 _TOKEN_LENGTH = 8
 ERROR_TEXT_LIMIT = 500  # characters of `Mesh-Error`
 PREVIEW_LIMIT = 120  # characters of `Mesh-Preview`
+SEVERAL = ("map", "spawn_map")  # kinds of calls that have several inputs
+END = "cancelled"  # in place of an input's number: all that had not ended
 _CALL_ID = re.compile(rf"fc-[{_CROCKFORD}]{{{_ID_LENGTH}}}")
 _MAJOR = re.compile(r"[0-9]{1,9}")
 
@@ -119,6 +121,11 @@ def call_time(call: str) -> float:
 def token_of(call: str) -> str:
     """The token of the client that made the call."""
     return call[-_TOKEN_LENGTH:]
+
+
+def end_key(call: str) -> str:
+    """The key of the result that a cancelled call of several inputs has for all of them that have none."""
+    return f"{call}.{END}"
 
 
 def escape(name: str) -> str:
@@ -274,7 +281,7 @@ class Input:
     """One argument set on its way to a container. `body` is the user's, encoded as `format` says.
 
     Attributes:
-        kind: how the call was made: spawn, remote, map, generator, schedule, or nats for one made by hand.
+        kind: how the call was made: spawn, remote, map, spawn_map, generator, schedule, or nats for one made by hand.
         client: who made it, `host/pid`.
         parent: the input that was running where the call was made.
         deadline: not started later than this, in seconds since 1970.

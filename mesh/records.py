@@ -212,6 +212,37 @@ class HostRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallRecord:
+    """A call of several inputs: what is called, and how far its submission got.
+
+    Attributes:
+        function: or method. kind: map, starmap, for_each or spawn_map. client: who makes it.
+        submitted: so many inputs, from the first on, were certainly accepted. count: how many it has, once nobody
+            submits more. result_ttl: seconds its results are kept; `None`: as long as the environment keeps them.
+        at: when this was written, in seconds since 1970.
+    """
+
+    call: str
+    app: str
+    function: str
+    pool: str
+    kind: str
+    client: str = ""
+    submitted: int = 0
+    count: int | None = None
+    result_ttl: float | None = None
+    at: float = field(default_factory=time.time)
+
+    def encode(self) -> bytes:
+        return _dump(asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> CallRecord:
+        with _reading(data, "the call's record") as fields:
+            return cls(**_known(cls, fields))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SecretRecord:
     """A secret: its variables, each sealed by itself, so that one can be replaced by who cannot read the others.
 

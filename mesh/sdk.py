@@ -38,12 +38,11 @@ from mesh.variant import Variant
 # asyncio, nats and all that needs them are imported at first use: together they take four times as long as the rest.
 if TYPE_CHECKING:
     from mesh.broker import Broker
+    from mesh.inputs import Wanted
     from mesh.stats import FunctionAutoscalerSettings, FunctionStats
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_REMOTE_RESULT_TTL = 3600.0  # the caller of `remote` has its value at once; the copy is for lost connections
 
 
 class Function(Generic[P, R]):
@@ -248,7 +247,7 @@ class Function(Generic[P, R]):
             kind=kind,
             client=broker.client,
             parent=running.key if running else "",
-            result_ttl=spec.result_ttl or (None if kind == "spawn" else _REMOTE_RESULT_TTL),
+            result_ttl=target.result_ttl(kind),
             keep_result=spec.keep_result or kind == "generator",
             detach=spec.detach,
             preview=serialization.preview(format, body) if broker.settings.preview else "",
@@ -372,6 +371,51 @@ class Function(Generic[P, R]):
             async for _ in batches:
                 pass
 
+    @both
+    async def spawn_map(
+        self,
+        /,
+        *input_iterators: Iterable[Any] | AsyncIterable[Any],
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> FunctionCall[R]:
+        """`map` that leaves its inputs to run, whatever becomes of this process: returns once all are accepted.
+
+        Returns:
+            A handle on all of them (Modal returns `None`): `get(index=…)`, `iter()`, `num_inputs()`, `status()`,
+            `cancel()`; by its `object_id` in any process, also while this one still submits. On a terminal, stderr
+            shows how far that is.
+
+        Raises:
+            Exception: what an iterable raised; what `spawn` raises. A full queue is waited for while inputs of this
+                call are in it. RemoteError: somebody cancelled the call.
+
+        When it raises, and at Ctrl-C, what was submitted is cancelled, unless the function has `detach=True`. When its
+        process dies half-way, what was submitted runs, and the handle says how far it got.
+        """
+        from mesh.submission import spawn_map
+
+        return await spawn_map(self, self._wanted("spawn_map", input_iterators, kwargs))
+
+    def _wanted(
+        self,
+        method: str,
+        iterables: tuple[Iterable[Any] | AsyncIterable[Any], ...],
+        kwargs: Mapping[str, Any] | None,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+    ) -> Wanted:
+        from mesh.inputs import Wanted
+
+        if self._spec is not None:
+            self._check_kind(method, self._spec)
+        return Wanted(
+            method=method,
+            iterables=iterables,
+            kwargs=kwargs or {},
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+        )
+
     def _outputs(
         self,
         kind: str,
@@ -381,22 +425,13 @@ class Function(Generic[P, R]):
         return_exceptions: bool,
         wrap: bool | None,
     ) -> AsyncGenerator[list[R], None]:
-        from mesh.map import Wanted, outputs
+        from mesh.map import outputs
 
         if wrap is not None:
             warnings.warn(
                 "wrap_returned_exceptions has no effect: they are never wrapped", DeprecationError, stacklevel=4
             )
-        if self._spec is not None:
-            self._check_kind(kind, self._spec)
-        wanted = Wanted(
-            method=kind,
-            iterables=iterables,
-            kwargs=kwargs or {},
-            ordered=ordered,
-            return_exceptions=return_exceptions,
-        )
-        return outputs(self, wanted)
+        return outputs(self, self._wanted(kind, iterables, kwargs, ordered, return_exceptions))
 
     # --- the same function with other options ------------------------------------------------------------------------
 
@@ -569,15 +604,6 @@ class Function(Generic[P, R]):
             raise InvalidError(f"{self!r} cannot be sent: its app is not running, so nobody could call it")
         environment = self._environment_name() or configured_environment()
         return _function_handle, (app, self._name, environment, self._variant)
-
-    # --- what later issues build -------------------------------------------------------------------------------------
-
-    def _not_built(self, what: str) -> UnimplementedError:
-        return UnimplementedError(f"Function.{what} is not built yet")
-
-    def spawn_map(self, *args: Any, **kwargs: Any) -> Any:
-        """Not built yet."""
-        raise self._not_built("spawn_map")
 
 
 def configured_environment() -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mesh.protocol import PREVIEW_LIMIT, Address, Format, Result, State, call_time, class_of
-from mesh.records import AttemptLog, WorkerRecord
+from mesh.protocol import PREVIEW_LIMIT, SEVERAL, Address, Format, Result, State, call_time, class_of
+from mesh.records import AttemptLog, CallRecord, WorkerRecord
 
 if TYPE_CHECKING:
     from mesh.broker import Broker, Stored
 
 _PAGE = 1024  # messages read at once where all are wanted
 _SCANNED = 20_000  # messages a filtered listing looks at before it says that it was cut
+_LOOKED_INTO = 200  # calls of several inputs it looks into
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,9 @@ class CallStatus:
         waiting_for: why a queued call does not start, where that is known.
         preview: its arguments, as far as they are short and JSON, while it has not ended.
         index: which input this is about: of a call of several, the first that has not ended speaks for all.
-        inputs, ended: how many the call has, and how many of them have ended; known where one call is looked up.
+        inputs, outstanding: how many the call has, and how many of them have not ended.
+        failed: how many failed or ran out of time, as far as their dead letters are kept. cancelled: how many were.
+        submitting: whether inputs are still being added.
     """
 
     call: str
@@ -45,36 +49,75 @@ class CallStatus:
     preview: str = ""
     index: int = 0
     inputs: int = 1
-    ended: int = 0
+    outstanding: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    submitting: bool = False
+
+    @property
+    def done(self) -> int:
+        """How many inputs have ended well."""
+        return self.inputs - self.outstanding - self.failed - self.cancelled
 
 
 async def find_call(broker: Broker, call: str) -> CallStatus | None:
     """The status of a call, whatever number of inputs it has; `None` if the mesh does not know it."""
-    left, inputs = await count_inputs(broker, call)
-    if not inputs:
-        return None
-    status = await find_status(broker, call, left[0] if left else 0)
-    return status and replace(status, inputs=inputs, ended=inputs - len(left))
+    record = await broker.several.find(call)
+    if record is None:
+        return await find_status(broker, call)
+    return await _of_several(broker, record, await broker.workers.all())
 
 
-async def count_inputs(broker: Broker, call: str) -> tuple[list[int], int]:
-    """The inputs of a call that have not ended, and how many it has in all, as far as they were submitted."""
-    queued = {address.index for address in await broker.calls.of_call(call)}
-    ended = await broker.results.of_call(call)  # after the queue: then none is missed that ends meanwhile
-    return sorted(queued - ended), max(queued | ended, default=-1) + 1
+async def _of_several(broker: Broker, record: CallRecord, workers: list[WorkerRecord]) -> CallStatus:
+    """A call of several inputs: what its first that has not ended is at, and how many there are of each kind."""
+    several = broker.several
+    first, queued, failed, end = await asyncio.gather(
+        several.first_queued(record), several.queued(record), several.died(record), broker.results.end(record.call)
+    )
+    inputs = await several.inputs_of(record)
+    counted: dict[str, Any] = {
+        "inputs": inputs,
+        "outstanding": 0 if end else min(queued, inputs),
+        "failed": failed,
+        "cancelled": inputs - min(inputs, await several.ended(record.call, end[0])) if end else 0,
+        "submitting": end is None and await several.is_being_submitted(record),
+    }
+    if end is None and first is not None and (address := broker.calls.address(first)) is not None:
+        status = _unfinished(broker, record.call, first, workers, await broker.attempts.get(address.key))
+        waiting_for = "" if status.worker else why(workers, address)
+        return replace(status, waiting_for=waiting_for, **counted)
+    return CallStatus(
+        call=record.call,
+        state=_ended_state(end is not None, failed, submitting=counted["submitting"]),
+        app=record.app,
+        function=record.function,
+        attempts=0,
+        created=call_time(record.call),
+        finished=end[1].finished if end else None,
+        last_error=end[1].error if end else "",
+        **counted,
+    )
+
+
+def _ended_state(cancelled: bool, failed: int, *, submitting: bool) -> State:
+    if cancelled:
+        return State.CANCELLED
+    if submitting:
+        return State.QUEUED
+    return State.FAILED if failed else State.SUCCEEDED
 
 
 async def find_status(broker: Broker, call: str, index: int = 0, *, at: Address | None = None) -> CallStatus | None:
     """The status of one input; `None` if the mesh does not know it. Results first: they are final."""
     key = f"{call}.{index}"
-    result = await broker.results.get(key)
+    result = await broker.results.answer(key)
     if result is None:
         queued = await broker.calls.find(call, index, at=at)
         if queued is not None:
             workers = await broker.workers.all()
             status = _unfinished(broker, call, queued, workers, await broker.attempts.get(key))
             return status if status.worker else replace(status, waiting_for=why(workers, broker.calls.address(queued)))
-        result = await broker.results.get(key)
+        result = await broker.results.answer(key)
     return None if result is None else _finished(call, index, result)
 
 
@@ -87,6 +130,8 @@ def _finished(call: str, index: int, result: Result) -> CallStatus:
         function=result.function,
         attempts=result.attempt,
         created=call_time(call),
+        failed=int(result.state in (State.FAILED, State.TIMED_OUT, State.EXPIRED)),
+        cancelled=int(result.state is State.CANCELLED),
         started=result.started or None,
         finished=result.finished or None,
         worker=result.worker,
@@ -109,6 +154,7 @@ def _unfinished(
         function=address.function if address else "",
         attempts=tries + bool(worker),
         created=call_time(call),
+        outstanding=1,
         worker=worker,
         last_error=log.last_error if log else "",
         preview=queued.headers.get("Mesh-Preview", "") or _short_arguments(queued),
@@ -175,41 +221,80 @@ class Filter:
 async def recent(broker: Broker, limit: int, wanted: Filter) -> tuple[list[CallStatus], bool]:
     """The newest calls that match, newest first, and whether older ones may have been left out.
 
-    Reads from the ends of the queue and of the results, never everything.
+    Reads from the ends of the queue, the results and the records of calls of several inputs, never everything.
     """
     workers = await broker.workers.all()
-    open_calls, open_cut = await _newest_open(broker, limit, wanted, workers)
+    several, several_cut = await _newest_several(broker, limit, wanted, workers)
+    waiting, waiting_cut = await _newest_open(broker, limit, wanted, workers)
     ended, ended_cut = await _newest_ended(broker, limit, wanted)
-    seen = {(status.call, status.index) for status in ended}
-    left = {s.call: s for s in open_calls if (s.call, s.index) not in seen}
-    merged = sorted([*left.values(), *(s for s in ended if s.call not in left)], key=lambda s: -s.created)
-    return merged[:limit], open_cut or ended_cut or len(merged) > limit
+    seen = {status.call for status in ended}
+    merged = sorted([*several, *ended, *(s for s in waiting if s.call not in seen)], key=lambda s: -s.created)
+    return merged[:limit], several_cut or waiting_cut or ended_cut or len(merged) > limit
 
 
 async def unfinished(broker: Broker, wanted: Filter) -> AsyncIterator[CallStatus]:
-    """Every call that has not ended and matches, newest first."""
+    """Every call that has not ended and matches: those of several inputs, then the others, newest first."""
     workers = await broker.workers.all()
+    filter = _filter(broker, wanted)
+    in_several = 0
+    async for record in _several(broker):
+        if not wanted.app or record.app == wanted.app:
+            queued = await broker.several.queued(record)
+            in_several += queued
+            if queued or record.count is None:
+                status = await _of_several(broker, record, workers)
+                if not status.state.final and wanted.matches_call(status):
+                    yield status
+    left = await broker.calls.count(filter) - in_several
     before: int | None = None
-    several: set[str] = set()  # calls of several inputs that were met
-    while page := await broker.calls.newest(_PAGE, before):
+    while left > 0 and (page := await broker.calls.newest(_PAGE, before, filter)):
         before = page[-1].sequence
-        first = [(s, a) for s, a in _of_calls(broker, page) if a.call not in several]
-        several |= {address.call for _, address in first if address.index}
-        logs = await broker.attempts.get_many([address.key for _, address in first])
-        for stored, address in first:
-            status = _unfinished(broker, address.call, stored, workers, logs.get(address.key))
+        alone = _alone(broker, page)
+        left -= len(alone)
+        for status in await _statuses(broker, alone, workers):
             if wanted.matches_call(status):
                 yield status
 
 
-def _of_calls(broker: Broker, stored: list[Stored]) -> list[tuple[Stored, Address]]:
-    """One input of each call, the first of those that are there."""
-    found: dict[str, tuple[Stored, Address]] = {}
-    for message in stored:
-        address = broker.calls.address(message)
-        if address is not None and (address.call not in found or address.index < found[address.call][1].index):
-            found[address.call] = message, address
-    return list(found.values())
+async def _several(broker: Broker) -> AsyncIterator[CallRecord]:
+    """The records of calls of several inputs, those written last first."""
+    before: int | None = None
+    while before != 0:
+        page, before = await broker.several.newest(_PAGE, before)
+        for record in page:
+            yield record
+
+
+def _filter(broker: Broker, wanted: Filter) -> str:
+    return broker.topology.call_filter(app=wanted.app or "*")
+
+
+def _alone(broker: Broker, stored: list[Stored]) -> list[tuple[Stored, Address]]:
+    """The calls of one input among these."""
+    found = [(s, broker.calls.address(s)) for s in stored if s.headers.get("Mesh-Kind", "") not in SEVERAL]
+    return [(message, address) for message, address in found if address is not None]
+
+
+async def _statuses(
+    broker: Broker, alone: list[tuple[Stored, Address]], workers: list[WorkerRecord]
+) -> list[CallStatus]:
+    logs = await broker.attempts.get_many([address.key for _, address in alone])
+    return [_unfinished(broker, a.call, s, workers, logs.get(a.key)) for s, a in alone]
+
+
+async def _newest_several(
+    broker: Broker, limit: int, wanted: Filter, workers: list[WorkerRecord]
+) -> tuple[list[CallStatus], bool]:
+    found: list[CallStatus] = []
+    looked = 0
+    async for record in _several(broker):
+        if len(found) > limit or looked >= _LOOKED_INTO:
+            return found[:limit], True
+        if not wanted.app or record.app == wanted.app:
+            looked += 1
+            status = await _of_several(broker, record, workers)
+            found += [status] if wanted.matches_call(status) else []
+    return found[:limit], len(found) > limit
 
 
 async def _newest_open(
@@ -217,32 +302,38 @@ async def _newest_open(
 ) -> tuple[list[CallStatus], bool]:
     if wanted.state and State(wanted.state).final:
         return [], False
-    stored = await broker.calls.newest(limit if wanted == Filter() else _SCANNED)
-    first = _of_calls(broker, stored)
-    if len(first) < limit <= len(stored) < _SCANNED:  # calls of several inputs are in front of others
-        stored = await broker.calls.newest(_SCANNED)
-        first = _of_calls(broker, stored)
-    logs = await broker.attempts.get_many([a.key for _, a in first[: 2 * limit]])
-    statuses = [_unfinished(broker, a.call, s, workers, logs.get(a.key)) for s, a in first]
-    matching = [status for status in statuses if wanted.matches_call(status)]
-    return matching[:limit], len(matching) > limit or len(stored) >= _SCANNED
+    found: list[CallStatus] = []
+    before: int | None = None
+    scanned, cut = 0, False
+    while len(found) <= limit and scanned < _SCANNED:
+        page = await broker.calls.newest(max(limit, 256), before, _filter(broker, wanted))
+        if not page:
+            return found[:limit], cut
+        before, scanned = page[-1].sequence, scanned + len(page)
+        alone = _alone(broker, page)
+        found += [status for status in await _statuses(broker, alone, workers) if wanted.matches_call(status)]
+        address = broker.calls.address(page[-1])
+        if not alone and address is not None and (first := await broker.several.first_queued(address)) is not None:
+            cut, before = True, min(before, first.sequence)  # what is among the inputs of one call is not looked for
+    return found[:limit], True
 
 
 async def _newest_ended(broker: Broker, limit: int, wanted: Filter) -> tuple[list[CallStatus], bool]:
     found: list[CallStatus] = []
     before: int | None = None
-    scanned = 0
-    while len(found) <= limit:
+    scanned, cut = 0, False
+    while len(found) <= limit and scanned < _SCANNED:
         page = await broker.results.newest(max(limit, 256), before)
         if not page:
-            return found, False
-        if scanned >= _SCANNED:
-            break
-        scanned += len(page)
-        before = page[-1][1].sequence
+            return found[:limit], cut
+        before, scanned = page[-1][1].sequence, scanned + len(page)
+        calls = {key.partition(".")[0] for key, _ in page}
+        several = await broker.several.get_many(calls)
         for key, stored in page:
             call, _, index = key.partition(".")
-            if index == "0":
+            if index == "0" and call not in several:
                 status = _finished(call, 0, Result.decode(stored.headers, b""))
                 found += [status] if wanted.matches_call(status) else []
+        if len(calls) == 1 and several:
+            cut, before = True, min(before, await broker.several.first_ended(calls.pop()))
     return found[:limit], True

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mesh.records import FunctionRecord, PoolRecord
 
 
+_TAKEN_TTL = 3600.0  # who waits has the value at once; the copy is for lost connections
+
+
 class Home(Protocol):
     """Where a function that is defined in this process belongs: its App."""
 
@@ -68,6 +71,10 @@ class Target:
     @property
     def pool_key(self) -> PoolKey:
         return PoolKey(self.record.app, class_of(self.name), self.pool)
+
+    def result_ttl(self, kind: str) -> float | None:
+        """Seconds the results of such a call are kept; `None`: as long as the environment keeps them."""
+        return self.spec.result_ttl or (None if kind in ("spawn", "spawn_map") else _TAKEN_TTL)
 
     def registration(self, client: str) -> PoolRecord:
         """What workers are told of the pool."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.exception import InvalidError
-from mesh.protocol import Address, PoolKey, escape, is_call_id, method_of, unescape
+from mesh.protocol import END, Address, PoolKey, escape, is_call_id, method_of, unescape
 from mesh.spec import MAX_RESULT_AGE, check_environment, check_name
 
 SCHEMA = 1  # of the topology; kept in `mesh_meta` under `schema`
@@ -132,6 +132,10 @@ class Topology:
         """All results of one client's calls."""
         return f"{self.root}.done.*.{token}.*"
 
+    def ended_filter(self) -> str:
+        """Where the server publishes that all of a call was cancelled, once it is stored."""
+        return f"{self.root}.done.*.*.{END}"
+
     def deployed_subject(self, app: str = "*") -> str:
         """Where the server publishes the head of an app once it is stored."""
         return f"{self.root}.deployed.{escape(app)}"
@@ -152,8 +156,8 @@ class Topology:
         app, function = escape(address.app), escape(address.function)
         return f"{self.root}.dead.{app}.{function}.{address.call}.{address.index}"
 
-    def dead_filter(self, *, call: str = "*") -> str:
-        return f"{self.root}.dead.*.*.{call}.*"
+    def dead_filter(self, *, app: str = "*", function: str = "*", call: str = "*") -> str:
+        return f"{self.root}.dead.{escape(app)}.{escape(function)}.{call}.*"
 
     def parse_dead(self, subject: str) -> tuple[str, str, str, int] | None:
         """App, function, call and index of a dead letter; `None` where it is no call's."""
@@ -255,7 +259,10 @@ class Topology:
 
     def is_kept(self, stream: str) -> bool:
         """Whether a stream holds what nobody can make again. The others are made anew, empty, where they are gone."""
-        passing = [self.logs, *(self.bucket_stream(name) for name in ("attempts", "workers", "slots", "apps", "meta"))]
+        passing = [
+            self.logs,
+            *(self.bucket_stream(name) for name in ("calls", "attempts", "workers", "slots", "apps", "meta")),
+        ]
         return stream not in passing
 
     def streams(self, limits: Limits) -> Iterator[Config]:
@@ -268,6 +275,8 @@ class Topology:
         yield self._bucket("pools", limits, **self._pool_republish())
         yield self._bucket("code", limits)
         yield self._objects("code", limits)
+        # What a call of several inputs is, for as long as somebody may ask for what it came to.
+        yield self._bucket("calls", limits, max_age=int(2 * limits.max_age * _SECOND), allow_msg_ttl=True)
         yield self._bucket("attempts", limits, max_age=int(limits.max_age * _SECOND))
         yield self._bucket("workers", limits, allow_msg_ttl=True)
         yield self._bucket("slots", limits, allow_msg_ttl=True)

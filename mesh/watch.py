@@ -99,7 +99,7 @@ class Watch:
             self._looking = False
 
     async def _stop_ended(self, renewed: Sequence[Held]) -> None:
-        results = await self._broker.results.get_many([held.key for held in renewed])
+        results = await self._broker.results.answers([held.key for held in renewed])
         for held in renewed:
             if held.key in results:
                 self._stop(held, _ENDED)
@@ -129,10 +129,10 @@ class Watch:
             return
         awaited = await self._broker.calls.awaited_by(silent)
         # Who lives may have left an entry behind, and says anew that he waits only after some seconds of it.
-        young = {token_of(address.call) for address, stored in awaited.items() if now - stored < self._silence}
+        young = {token_of(call) for call, stored in awaited.items() if now - stored < self._silence}
         gone = {token for token, entry in silent.items() if token not in young and await clients.forget(entry)}
         if not gone:
             return
         logger.info("%d callers have gone; what they wait for is cancelled", len(gone))
-        for call in {address.call: None for address in awaited if token_of(address.call) in gone}:
+        for call in [call for call in awaited if token_of(call) in gone]:
             await cancel_call(self._broker, call, request=_GONE)

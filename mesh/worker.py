@@ -31,6 +31,7 @@ from mesh.codecache import CodeCache
 from mesh.config import Settings
 from mesh.container import Container
 from mesh.deployed import Deployed
+from mesh.ends import Ends
 from mesh.environments import Environments
 from mesh.examine import Examiner
 from mesh.exception import Error
@@ -156,7 +157,8 @@ class Worker:
         interval = self.settings.sweep_interval
         self.upkeep = Upkeep(self.broker, self.name, self.ack_wait, interval, self.on_consumer_made, self.background)
         self.settler.on_trouble, self.settler.on_back = self.upkeep.suspect, self._feed_all
-        self.examiner = Examiner(self.broker, self.settler, self.name)
+        self.ends = Ends(self.broker, self.settler, self.name, self._held, self._stop_input, self.background)
+        self.examiner = Examiner(self.broker, self.settler, self.ends, self.name)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
         self.environments = Environments(self.settings.cache_dir, may_install=self.settings.apt_install)
         self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, interval)
@@ -172,6 +174,7 @@ class Worker:
             with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # not the main thread
                 loop.add_signal_handler(number, self.stop)
         await self.watch.start()
+        await self.ends.start()
         await self.slots.start()
         await self.puller.start()
         await self.deployed.watch()

@@ -21,13 +21,14 @@ LEVELS = [
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status stats vault",  # what callers and containers share
     "place hosts settle cancel behind dead",  # how calls end, and are sent again
-    "secret image options target call map reading sdk functions queue cls report deploy apprun app",  # what users hold
+    "secret image options target progress iterating call inputs submission map reading sdk functions queue",  # what
+    "cls report deploy apprun app",  # users hold
     "wire generating output asgi proxy site",  # containers, from inside: what goes in and out
     "usercode interrupts answers serving executor zygote",  # and what is run
     "memory machine placement programs pythons debian imagebuild environments",  # what a worker has
     "runs pipes nursery container execution",  # containers, from outside
     "capacity autoscaler scaling codecache",  # how many, and what they run
-    "examine sweep upkeep watch check fleet slots request intake pool deployed",  # what a worker does, and `mesh check`
+    "ends examine sweep upkeep watch check fleet slots request intake pool deployed",  # a worker, and `mesh check`
     "source server places visit gateway worker up",  # daemons
     "cli __main__",
 ]

@@ -36,6 +36,7 @@ from mesh.broker.pools import Pools
 from mesh.broker.registry import Registry
 from mesh.broker.results import Results
 from mesh.broker.secrets import Secrets
+from mesh.broker.several import Several
 from mesh.broker.slots import Slots
 from mesh.broker.web import Web
 from mesh.config import Settings
@@ -67,6 +68,7 @@ class Broker:
         self.parting = Background()
         self.calls = Calls(connection, topology, settings.submit_timeout)
         self.results = Results(connection, topology, self.token)
+        self.several = Several(connection, topology)
         self.cancels = Cancels(connection, topology)
         self.flows = Flows(connection, topology)
         self.web = Web(connection, topology)

@@ -61,12 +61,6 @@ class Calls:
         found = await self._connection.get_many(stream, [self._topology.call_filter(call=call, index=str(index))])
         return found[0] if found else None
 
-    async def of_call(self, call: str) -> list[Address]:
-        """The inputs of a call that have not ended, in their order."""
-        subjects = await self._connection.subjects(self._topology.calls, self._topology.call_filter(call=call))
-        addresses = [address for subject in subjects if (address := self._parsed(subject)) is not None]
-        return sorted(addresses, key=lambda address: address.index)
-
     async def of_app(self, app: str, count: int = _LISTED) -> list[Stored]:
         """Up to `count` inputs of an app that have not ended, the oldest first."""
         return await self._connection.get_range(self._topology.calls, 1, count, self._topology.call_filter(app=app))
@@ -83,18 +77,25 @@ class Calls:
                 return True
         return False
 
+    async def count(self, filter: str = "") -> int:
+        """How many inputs have not ended, or those that match."""
+        return await self._connection.count(self._topology.calls, filter or self._topology.call_filter())
+
     async def called(self) -> set[tuple[str, str, str]]:
         """App, function or method, and pool of everything queued. Reads every subject: not for everyday use."""
-        subjects = await self._connection.subjects(self._topology.calls, self._topology.call_filter())
-        return {self._topology.parse_called(subject) for subject in subjects}
+        pages = self._connection.subject_pages(self._topology.calls, self._topology.call_filter())
+        return {self._topology.parse_called(subject) async for page in pages for subject in page}
 
-    async def awaited_by(self, tokens: Collection[str]) -> dict[Address, float]:
-        """Inputs that end with these clients, who wait for them, with the times they were stored, in seconds since
-        1970 by the server's clock. Reads every subject: not for everyday use."""
-        queued = await self._connection.subjects(self._topology.calls, self._topology.call_filter())
-        theirs = [subject for subject in queued if token_of(subject.rpartition(".")[0]) in tokens]
-        found = await self._connection.get_many(self._topology.calls, theirs)
-        return {address: parse_time(s.time) for s in found if (address := self._awaited(s)) is not None}
+    async def awaited_by(self, tokens: Collection[str]) -> dict[str, float]:
+        """Calls that end with these clients, who wait for them, with the time that one input of each was stored, in
+        seconds since 1970 by the server's clock. Reads every subject: not for everyday use."""
+        theirs: dict[str, str] = {}  # one subject for each call: all of a call are awaited, or none
+        async for page in self._connection.subject_pages(self._topology.calls, self._topology.call_filter()):
+            for subject in page:
+                if token_of(call := subject.rsplit(".", 2)[1]) in tokens:
+                    theirs[call] = subject
+        found = await self._connection.get_many(self._topology.calls, list(theirs.values()))
+        return {address.call: parse_time(s.time) for s in found if (address := self._awaited(s)) is not None}
 
     def _awaited(self, stored: Stored) -> Address | None:
         try:

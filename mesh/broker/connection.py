@@ -35,6 +35,7 @@ _OVERDUE_CHECK = 0.1  # seconds between looks for requests that got no answer
 _LARGEST_WINDOW = 16_384  # sequences looked at in one step backwards
 _MULTI_GET = 500  # keys in one read; the server answers 413 above 1,024
 _ENDING = "the connection is being closed, or its event loop ends"
+_TOGETHER = 256  # requests that are under way at once, of many alike
 _BATCH = 1000  # messages of an atomic batch, the server's limit
 
 Headers = dict[str, str]
@@ -506,6 +507,12 @@ class Connection:
         """Up to `count` messages from a sequence upwards."""
         return await self._read(stream, {"seq": sequence, "batch": count, "next_by_subj": subject})
 
+    async def count(self, stream: str, subject: str, sequence: int = 1) -> int:
+        """How many messages match from a sequence upwards; 40 ms where that is a million."""
+        query = {"seq": sequence, "batch": 1, "next_by_subj": subject}
+        first = await self._read(stream, query)
+        return 1 + int(first[0].headers["Nats-Num-Pending"]) if first else 0
+
     async def get_newest(self, stream: str, count: int, before: int | None = None, subject: str = ">") -> list[Stored]:
         """Up to `count` messages, newest first; `before` a sequence, to go on from there.
 
@@ -536,13 +543,21 @@ class Connection:
     async def subjects(self, stream: str, filter: str) -> dict[str, int]:
         """The subjects of a stream that match, with how many messages each has."""
         found: dict[str, int] = {}
+        async for page in self.subject_pages(stream, filter):
+            found.update(page)
+        return found
+
+    async def subject_pages(self, stream: str, filter: str) -> AsyncGenerator[dict[str, int]]:
+        """The same, up to 100,000 at a time."""
+        seen = 0
         while True:
-            query = {"subjects_filter": filter, "offset": len(found)}
+            query = {"subjects_filter": filter, "offset": seen}
             info = await self.api(f"STREAM.INFO.{stream}", query, timeout=4 * REQUEST_TIMEOUT)
             page: dict[str, int] = info["state"].get("subjects") or {}
-            found.update(page)
-            if not page or len(found) >= info.get("total", 0):
-                return found
+            yield page
+            seen += len(page)
+            if not page or seen >= info.get("total", 0):
+                return
 
     async def objects(self, bucket: str) -> ObjectStore:
         """An object store. Read from it into a file: nats-py joins bytes in quadratic time."""
@@ -561,6 +576,16 @@ class Connection:
                 return False  # 2.15 says 10057, «no message found» or «stream store EOF», at the ends of the stream
             raise
         return True
+
+    async def delete_many(self, stream: str, sequences: Sequence[int]) -> int:
+        """Delete messages, many at once; returns how many were there."""
+        gate = asyncio.Semaphore(_TOGETHER)
+
+        async def delete(sequence: int) -> bool:
+            async with gate:
+                return await self.delete(stream, sequence)
+
+        return sum(await asyncio.gather(*map(delete, sequences)))
 
 
 def status(message: Incoming | Msg) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nats.aio.subscription import Subscription
@@ -14,7 +14,7 @@ from mesh.broker.bucket import Bucket
 from mesh.broker.connection import Connection, NoResponders, Stored, StoreError, Unanswered
 from mesh.broker.lines import Incoming
 from mesh.exception import Error
-from mesh.protocol import Result, token_of
+from mesh.protocol import END, Result, end_key, token_of
 from mesh.topology import Topology
 
 REREAD = 15.0  # seconds after which everything waited for is read again: core messages can get lost
@@ -34,11 +34,13 @@ class _Subject:
 class Waiter:
     """Somebody who waits for one result. Has begun to listen when it is made; close it in a `finally`."""
 
-    __slots__ = ("_results", "future", "key", "look_at", "subject")
+    __slots__ = ("_results", "future", "key", "look_at", "subjects")
 
-    def __init__(self, results: Results, key: str, subject: str, future: asyncio.Future[Result | None]) -> None:
+    def __init__(
+        self, results: Results, key: str, subjects: Sequence[str], future: asyncio.Future[Result | None]
+    ) -> None:
         self.key = key
-        self.subject = subject
+        self.subjects = subjects
         self.future = future
         self.look_at = float("inf")
         self._results = results
@@ -106,10 +108,21 @@ class Results:
         found = await self._bucket.get_many(list(keys))
         return {key: Result.decode(stored.headers, stored.body) for key, stored in found.items()}
 
-    async def of_call(self, call: str) -> set[int]:
-        """The inputs of a call that have a result."""
-        indexes = [key.rpartition(".")[2] for key in await self._bucket.keys(f"{call}.*")]
-        return {int(index) for index in indexes if index.isdecimal()}
+    async def answer(self, key: str) -> Result | None:
+        """What an input came to: its result, or that all of its call was cancelled before it had one."""
+        return (await self.answers([key])).get(key)
+
+    async def answers(self, keys: Collection[str]) -> dict[str, Result]:
+        """What these came to, as far as they have ended."""
+        calls = {key.partition(".")[0] for key in keys}
+        found = await self._bucket.get_many([*keys, *map(end_key, calls)])
+        firsts = {key: _first(found.get(key), found.get(end_key(key.partition(".")[0]))) for key in keys}
+        return {key: Result.decode(stored.headers, stored.body) for key, stored in firsts.items() if stored}
+
+    async def end(self, call: str) -> tuple[int, Result] | None:
+        """How a call of several inputs was cancelled as a whole, with its sequence; `None` if it was not."""
+        found = await self._bucket.get(end_key(call))
+        return None if found is None else (found.sequence, Result.decode(found.headers, found.body))
 
     async def newest(self, count: int, before: int | None = None) -> list[tuple[str, Stored]]:
         """The results stored last, newest first, with their keys; `before` a sequence, to go on from there."""
@@ -121,13 +134,15 @@ class Results:
     async def expect(self, key: str) -> Waiter:
         """Begin to listen for a result: submit the call, or read its result, after this."""
         future: asyncio.Future[Result | None] = asyncio.get_running_loop().create_future()
-        waiter = Waiter(self, key, self._subject_for(key), future)
+        waiter = Waiter(self, key, self._subjects_for(key), future)
         self._waiting.setdefault(key, []).append(waiter)
-        entry = self._subjects.setdefault(waiter.subject, _Subject())
-        entry.waiters += 1
+        entries = [(subject, self._subjects.setdefault(subject, _Subject())) for subject in waiter.subjects]
+        for _, entry in entries:
+            entry.waiters += 1
         try:
-            if entry.subscription is None:
-                await self._listen(waiter.subject, entry)
+            for subject, entry in entries:
+                if entry.subscription is None:
+                    await self._listen(subject, entry)
         except BaseException:
             self.release(waiter)
             raise
@@ -142,16 +157,17 @@ class Results:
         waiters.remove(waiter)
         if not waiters:
             del self._waiting[waiter.key]
-        entry = self._subjects[waiter.subject]
-        entry.waiters -= 1
-        if not entry.waiters:
-            asyncio.get_running_loop().call_later(_LINGER, self._drop, waiter.subject, entry)
+        for subject in waiter.subjects:
+            entry = self._subjects[subject]
+            entry.waiters -= 1
+            if not entry.waiters:
+                asyncio.get_running_loop().call_later(_LINGER, self._drop, subject, entry)
 
-    def _subject_for(self, key: str) -> str:
+    def _subjects_for(self, key: str) -> tuple[str, ...]:
         call, _, index = key.partition(".")
         if token_of(call) == self._token:
-            return self._own
-        return self._topology.done_subject(call, index)
+            return (self._own,)
+        return self._topology.done_subject(call, index), self._topology.done_subject(call, END)
 
     async def _listen(self, subject: str, entry: _Subject) -> None:
         async with entry.lock:
@@ -166,8 +182,11 @@ class Results:
 
     def _on_done(self, message: Incoming) -> None:
         _, head, token, index = message.subject.rsplit(".", 3)
-        key = f"{head}{token}.{index}"
-        if key in self._waiting:  # else its headers are not even parsed
+        call = head + token
+        if index == END:  # which all of the call have that have no other result
+            for key in [key for key in self._waiting if key.startswith(f"{call}.")]:
+                self._resolve(key, message.headers, message.data)
+        elif (key := f"{call}.{index}") in self._waiting:  # else its headers are not even parsed
             self._resolve(key, message.headers, message.data)
 
     def _resolve(self, key: str, headers: Mapping[str, str], body: bytes) -> None:
@@ -200,7 +219,16 @@ class Results:
         """Read what is waited for, in case a push was missed."""
         keys = [key for key, waiters in self._waiting.items() if not all(w.future.done() for w in waiters)]
         try:
-            for key, stored in (await self._bucket.get_many(keys)).items():
-                self._resolve(key, stored.headers, stored.body)
+            for key, result in (await self.answers(keys)).items():
+                for waiter in self._waiting.get(key, ()):
+                    if not waiter.future.done():
+                        waiter.future.set_result(result)
         except (Unanswered, NoResponders, StoreError):
             pass  # the server is away; the reconnect brings us here again
+
+
+def _first(own: Stored | None, end: Stored | None) -> Stored | None:
+    """What an input came to, of its own result and of the end of its call: what was stored first."""
+    if own is None or end is None:
+        return own or end
+    return min(own, end, key=lambda stored: stored.sequence)

@@ -78,7 +78,7 @@ def list_calls(
         return
     rows = [
         (s.call, f"{s.app}.{s.function}", s.state.value, ago(s.created), duration(s.started, s.finished),
-         str(s.attempts), s.worker, s.last_error or s.preview)
+         str(s.attempts or ""), s.worker, _inputs(s) if s.inputs > 1 else s.last_error or s.preview)
         for s in found
     ]  # fmt: skip
     columns = ("Call", "Function", "State", "Created", "Took", "Tries", "Worker", "Error or arguments")
@@ -88,10 +88,11 @@ def list_calls(
 
 
 def _facts(status: CallStatus) -> dict[str, Any]:
-    return {**as_json(status), "state": status.state.value}
+    return {**as_json(status), "state": status.state.value, "done": status.done}
 
 
 @app.command()
+@app.command("status", hidden=True)
 def show(call: CallId, env: Env = None, url: Url = None, json: Json = False) -> None:
     """Show what is known of a call."""
     _check_id(call)
@@ -110,9 +111,9 @@ def show(call: CallId, env: Env = None, url: Url = None, json: Json = False) -> 
         {
             "call": status.call,
             "function": f"{status.app}.{status.function}",
-            "inputs": _inputs(status) if status.inputs > 1 else "",
+            "inputs": _inputs(status).replace(" inputs", "", 1) if status.inputs != 1 else "",
             "state": status.state.value,
-            "tries": str(status.attempts),
+            "tries": str(status.attempts or ""),
             "created": format_time(status.created),
             "started": format_time(status.started) if status.started else "",
             "finished": format_time(status.finished) if status.finished else "",
@@ -126,7 +127,9 @@ def show(call: CallId, env: Env = None, url: Url = None, json: Json = False) -> 
 
 
 def _inputs(status: CallStatus) -> str:
-    return f"{status.inputs:,}, {status.ended:,} of them ended; what follows is of input {status.index}"
+    counts = {"outstanding": status.outstanding, "failed": status.failed, "cancelled": status.cancelled}
+    parts = [f"{status.done:,} done", *(f"{count:,} {name}" for name, count in counts.items() if count)]
+    return f"{status.inputs:,} inputs{', and more coming' if status.submitting else ''}: {', '.join(parts)}"
 
 
 @app.command()
