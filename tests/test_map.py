@@ -579,7 +579,7 @@ def test_a_call_of_several_inputs_is_shown_as_one(own_mesh: Callable[..., Mesh])
     call = found.subject.split(".")[-2]
     assert FunctionCall.from_id(call).num_inputs() == 5
     shown = mesh.cli("call", "show", call).stdout
-    assert "5, 1 of them ended; what follows is of input 1" in shown
+    assert "5: 1 done, 4 outstanding" in shown
     assert "map-shown.sleeps" in shown
     listed = [line for line in mesh.cli("call", "list").stdout.splitlines() if call in line]
     assert len(listed) == 1

@@ -213,6 +213,7 @@ STREAMS = [
     "KV_mesh_pools",
     "KV_mesh_code",
     "OBJ_mesh_code",
+    "KV_mesh_calls",
     "KV_mesh_attempts",
     "KV_mesh_workers",
     "KV_mesh_slots",
