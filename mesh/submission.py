@@ -7,15 +7,14 @@ import contextlib
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mesh.behind import behind
 from mesh.call import FunctionCall
 from mesh.cancel import cancel_call
-from mesh.exception import RemoteError, ResourceExhaustedError, ServerWarning
-from mesh.inputs import Wanted, open_source
+from mesh.exception import RemoteError, RequestSizeError, ResourceExhaustedError, ServerWarning
+from mesh.inputs import Source, Wanted, open_source
 from mesh.progress import Progress
 from mesh.protocol import CancelRequest, Input, Result, end_key, new_call_id
 from mesh.records import CallRecord
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-AHEAD = 8_000  # inputs that were read and are not accepted yet
-_FLIGHT = 4_000  # of them, those that are on their way
+AHEAD = 10_000  # inputs that were read and are not accepted yet
 _FULL_PAUSE = 1.0  # seconds until a full queue is tried again
 _WRITTEN = 2.0  # seconds between two notes of how far it got
 _AGAIN = 0.5  # seconds until it is tried again to note it
@@ -144,6 +142,7 @@ class _Submission:
             return function._input(broker, target, "spawn_map", args, kwargs, call=self.call, index=index)
 
         self._source = open_source(wanted, make, AHEAD)
+        self._feed = _Feed(self._source)
 
     async def run(self) -> None:
         """Until all are accepted, or somebody cancels the call."""
@@ -157,6 +156,7 @@ class _Submission:
                 await submitting
             finally:
                 self._source.close()
+                self._feed.close()
                 for task in (submitting, heeding):
                     task.cancel()
                 await asyncio.wait([submitting, heeding])
@@ -165,36 +165,65 @@ class _Submission:
                 self._progress.close()
 
     async def _submit(self) -> None:
-        flight: deque[tuple[asyncio.Task[None], int]] = deque()
-        under_way = 0
-        async with asyncio.TaskGroup() as tasks:
-            async with contextlib.aclosing(self._source.batches()) as batches:
-                async for inputs in batches:
-                    if not self.submitted and not flight:  # what the first one looks up, the others have
-                        await self._recorder.begin()
-                    flight.append((tasks.create_task(self._send(inputs)), len(inputs)))
-                    under_way += len(inputs)
-                    while flight and (under_way >= _FLIGHT or flight[0][0].done() or not self.submitted):
-                        under_way -= await self._accepted(*flight.popleft())
-            while flight:
-                await self._accepted(*flight.popleft())
-
-    async def _accepted(self, sending: asyncio.Task[None], count: int) -> int:
-        await sending
-        self.submitted += count
-        self._source.more(count)
-        self._recorder.accepted(self.submitted)
-        self._progress.advance(count)
-        return count
-
-    async def _send(self, inputs: Sequence[Input]) -> None:
-        """Submit some inputs. A full queue is waited for as long as others of ours are in it, whose end makes room."""
+        await self._feed.first()
+        await self._recorder.begin()
         while True:
             try:
-                await self._broker.calls.submit_many(inputs)
+                await self._broker.calls.submit_many(self._feed, self._tell)
                 return
             except ResourceExhaustedError as error:
                 if not self.submitted:
                     raise
                 warnings.warn(f"call {self.call} waits with further inputs: {error}", ServerWarning, stacklevel=2)
-                await asyncio.sleep(_FULL_PAUSE)
+                await asyncio.sleep(_FULL_PAUSE)  # the end of others of ours makes room
+
+    def _tell(self, input: Input, error: Exception | None) -> None:
+        """What came of an input."""
+        if isinstance(error, RequestSizeError):
+            raise error
+        if error is not None:
+            self._feed.again(input)
+            return
+        self.submitted += 1
+        self._source.more(1)
+        self._recorder.accepted(self.submitted)
+        self._progress.advance(1)
+
+
+class _Feed:
+    """Inputs one by one, as they have been read. To stop waiting for the next one loses none."""
+
+    def __init__(self, source: Source[Input]) -> None:
+        self._ready: deque[Input] = deque()
+        self._news = asyncio.Event()
+        self._reading = asyncio.ensure_future(self._read(source))
+        self._reading.add_done_callback(lambda _: self._news.set())
+
+    async def _read(self, source: Source[Input]) -> None:
+        async with contextlib.aclosing(source.batches()) as batches:
+            async for inputs in batches:
+                self._ready += inputs
+                self._news.set()
+
+    async def first(self) -> None:
+        """Wait until there is one, or will be none."""
+        while not self._ready and not self._reading.done():
+            self._news.clear()
+            await self._news.wait()
+
+    def again(self, input: Input) -> None:
+        """It was refused, and comes once more."""
+        self._ready.append(input)
+
+    def __aiter__(self) -> _Feed:
+        return self
+
+    async def __anext__(self) -> Input:
+        await self.first()
+        if self._ready:
+            return self._ready.popleft()
+        self._reading.result()  # raises what the iterable raised
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        self._reading.cancel()

@@ -578,7 +578,7 @@ def test_a_call_of_several_inputs_is_shown_as_one(own_mesh: Callable[..., Mesh])
     (found, *_) = mesh.ask(lambda broker: broker.calls.of_app("map-shown", 1))
     call = found.subject.split(".")[-2]
     assert FunctionCall.from_id(call).num_inputs() == 5
-    shown = mesh.cli("call", "show", call).stdout
+    shown = until(lambda: text if "more coming" not in (text := mesh.cli("call", "show", call).stdout) else "")
     assert "5: 1 done, 4 outstanding" in shown
     assert "map-shown.sleeps" in shown
     listed = [line for line in mesh.cli("call", "list").stdout.splitlines() if call in line]

@@ -140,7 +140,7 @@ class Several:
                 return
             on_end(head + token, result)
 
-        await self._connection.subscribe(self._topology.ended_filter(), deliver)
+        await self._connection.listen(self._topology.ended_filter(), deliver)
 
     async def drop(self, record: CallRecord) -> int:
         """Take all inputs of a call out of the queue, by their sequences; returns how many. Never a purge: that
