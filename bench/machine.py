@@ -34,6 +34,12 @@ def _lines(path: str) -> list[str]:
         return []
 
 
+def cpu(*pids: int) -> float:
+    """Seconds of CPU that processes have used so far, together."""
+    stats = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / _TICK
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What a process has used so far: seconds of CPU, and bytes it holds now (shared pages by their share)."""
@@ -43,9 +49,21 @@ class Usage:
 
 
 def usage(pid: int) -> Usage:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     pss = next(line for line in _lines(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:"))
-    return Usage((int(fields[11]) + int(fields[12])) / _TICK, int(pss.split()[1]) * 1024)
+    return Usage(cpu(pid), int(pss.split()[1]) * 1024)
+
+
+class Meter:
+    """What some processes cost, by names of ours, from when it is made."""
+
+    def __init__(self, **pids: list[int]) -> None:
+        self._pids = pids
+        self._before = {name: cpu(*pids[name]) for name in pids}
+
+    def a_call(self, calls: int) -> dict[str, float]:
+        """Microseconds of CPU for each of so many calls since then."""
+        each = {name: 1e6 * (cpu(*self._pids[name]) - self._before[name]) / calls for name in self._pids}
+        return {f"CPU a call, {name} (µs)": each[name] for name in each} | {"CPU a call, all (µs)": sum(each.values())}
 
 
 def children(pid: int) -> list[int]:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import machine
+import msgpack
 import nats
 import uvloop
 from nats.aio.client import Client
@@ -29,7 +32,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, KeyValueConfig, RetentionPoli
 from mesh.server import NatsServer
 
 WINDOW = 1000  # inputs asked for at once
-FLIGHT = 4000  # publishes without an answer
+FLIGHT = 8000  # publishes without an answer
 
 
 async def connect(url: str) -> Client:
@@ -49,9 +52,10 @@ async def worker(url: str) -> None:
             asked = 0
             return
         asked -= 1
-        key = message.subject.rpartition(".")[2]
+        args, _ = msgpack.unpackb(message.data)
+        key = message.subject.split(".", 3)[3]
         condition = {"Nats-Expected-Last-Subject-Sequence": "0"}
-        future = await js.publish_async(f"$KV.results.{key}", message.data, headers=condition)
+        future = await js.publish_async(f"$KV.results.{key}", msgpack.packb(args[0]), headers=condition)
         future.add_done_callback(lambda _: stored.put_nowait(message))
 
     async def acknowledge() -> None:
@@ -85,10 +89,14 @@ class RawClient:
         await self.js.add_stream(calls)
         await self.js.create_key_value(KeyValueConfig(bucket="results", ttl=7 * 86_400, direct=True))
         consumer = ConsumerConfig(
-            durable_name="worker", ack_policy=AckPolicy.EXPLICIT, ack_wait=30, max_ack_pending=5000
+            durable_name="worker",
+            filter_subject="calls.app.fn.>",
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=30,
+            max_ack_pending=5000,
         )
         await self.js.add_consumer("CALLS", consumer)
-        await self.client.subscribe("$KV.results.*", cb=self._on_result)
+        await self.client.subscribe("$KV.results.me.*", cb=self._on_result)
 
     async def _on_result(self, message: Msg) -> None:
         future = self.waiting.pop(message.subject.rpartition(".")[2], None)
@@ -104,7 +112,7 @@ class RawClient:
         for number in itertools.islice(self.numbers, count):
             began = time.perf_counter()
             answer = self.expect(f"r{number}")
-            await self.js.publish(f"calls.r{number}", b'{"args":[1],"kwargs":{}}')
+            await self.js.publish(f"calls.app.fn.me.r{number}", msgpack.packb(([number], {})))
             await answer
             taken.append(time.perf_counter() - began)
         return taken
@@ -114,20 +122,26 @@ class RawClient:
         answers, accepted = [], []
         for number in range(count):
             answers.append(self.expect(f"e{number}"))
-            accepted.append(await self.js.publish_async(f"calls.e{number}", b'{"args":[1],"kwargs":{}}'))
-        await asyncio.gather(*accepted, *answers)
-        return count / (time.perf_counter() - began)
+            body = msgpack.packb(([number], {}))
+            accepted.append(await self.js.publish_async(f"calls.app.fn.me.e{number}", body))
+        await asyncio.gather(*accepted)
+        found = await asyncio.gather(*answers)
+        taken = time.perf_counter() - began
+        assert [msgpack.unpackb(one) for one in found] == list(range(count))
+        return count / taken
 
 
-async def measure(url: str, calls: int) -> dict[str, float]:
-    client = await connect(url)
+async def measure(server: NatsServer, calls: int) -> dict[str, float]:
+    client = await connect(server.url)
     raw = RawClient(client)
     await raw.prepare()
-    process = subprocess.Popen([sys.executable, __file__, "--worker", url])  # noqa: ASYNC220 - once, before measuring
+    process = subprocess.Popen([sys.executable, __file__, "--worker", server.url])  # noqa: ASYNC220 - once, before measuring
     try:
         await raw.round_trips(50)  # until the worker is there
         taken = sorted(await raw.round_trips(300))
+        meter = machine.Meter(client=[os.getpid()], worker=[process.pid], server=[server.pid])
         rate = await raw.end_to_end(calls)
+        costs = meter.a_call(calls)
     finally:
         process.kill()
         process.wait()
@@ -136,6 +150,7 @@ async def measure(url: str, calls: int) -> dict[str, float]:
         "round_trip_p50_ms": 1e3 * statistics.median(taken),
         "round_trip_p99_ms": 1e3 * taken[int(0.99 * len(taken))],
         "end_to_end_per_s": rate,
+        **costs,
     }
 
 
@@ -144,7 +159,7 @@ def run(sync: str, calls: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         server = NatsServer.start(Path(folder), sync=sync)
         try:
-            return uvloop.run(measure(server.url, calls))
+            return uvloop.run(measure(server, calls))
         finally:
             server.kill()
 

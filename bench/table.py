@@ -27,6 +27,24 @@ def row(what: str, values: Sequence[float], ratios: Sequence[float] = ()) -> Row
     return Row(what, statistics.median(values), min(values), max(values), ratio)
 
 
+def spread(values: Sequence[float]) -> str:
+    """The median, and in brackets the lowest and the highest, to three figures."""
+    texts = [
+        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        for value in (statistics.median(values), min(values), max(values))
+    ]
+    return texts[0] if len(values) == 1 else f"{texts[0]} ({texts[1]}–{texts[2]})"
+
+
+def put(file: Path, name: str, lines: Sequence[str]) -> None:
+    """Put lines into a document, between two marks that stay there."""
+    begin, end = f"<!-- {name}: made by the command -->", f"<!-- end of {name} -->"
+    before, found, rest = file.read_text().partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"{file} has no place for {name}: it needs the lines {begin!r} and {end!r}")
+    file.write_text("\n".join([before + begin, "", *lines, end]) + rest.partition(end)[2])
+
+
 def show(title: str, rows: Sequence[Row], file: Path | None) -> None:
     """Print a table; write it to `file` as JSON, too, where one is given."""
     about = machine.about()
