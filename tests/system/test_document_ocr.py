@@ -17,8 +17,7 @@ import pytest
 
 from mesh import client
 from mesh.server import NatsServer
-from tests.support import ROOT, Mesh, new_mesh
-from tests.test_web import gateway
+from tests.support import ROOT, Mesh, gateway, new_mesh
 
 if TYPE_CHECKING:
     from PIL.Image import Image
