@@ -70,6 +70,7 @@ class _Running(Generic[R]):
         self._begun = asyncio.Event()  # the first is submitted
         self._unsettled = 0  # inputs that were, or may have been, submitted, and have no result
         self._accepted = 0  # those of them that certainly were
+        self._read = 0
         self._submitted = 0
         self._outputs: dict[int, R] = {}
         self._came = 0
@@ -145,17 +146,22 @@ class _Running(Generic[R]):
                 await self._cancel_behind()
 
     async def _submit_all(self) -> None:
-        try:
-            async with asyncio.TaskGroup() as inputs, contextlib.aclosing(self._source.batches()) as batches:
-                async for batch in batches:
-                    for input in batch:
-                        if not self._begun.is_set():
-                            await self._recorder.begin()
-                        inputs.create_task(self._run(input))
-                        await self._begun.wait()  # what the first one looks up first, the others have
-        finally:
-            if self._begun.is_set():
-                self._broker.parting.spawn(self._recorder.end())
+        async with asyncio.TaskGroup() as inputs:
+            try:
+                async with contextlib.aclosing(self._source.batches()) as batches:
+                    async for batch in batches:
+                        for input in batch:
+                            await self._begin(inputs, input)
+            finally:
+                if self._begun.is_set():
+                    self._broker.parting.spawn(self._recorder.end(self._read))
+
+    async def _begin(self, inputs: asyncio.TaskGroup, input: Input) -> None:
+        if not self._begun.is_set():
+            await self._recorder.begin()
+        self._read += 1
+        inputs.create_task(self._run(input))
+        await self._begun.wait()  # what the first one looks up first, the others have: none overtakes one
 
     async def _heed(self) -> NoReturn:
         """End all of it when somebody cancels the call, also while nothing of it is under way."""

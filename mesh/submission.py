@@ -64,9 +64,9 @@ class Recorder:
         self._record = replace(self._record, submitted=submitted)
         self._changed = True
 
-    async def end(self) -> None:
-        """Nobody submits more: what was accepted is all. Tries for a while where the server is away."""
-        self._record = replace(self._record, count=self._record.submitted)
+    async def end(self, count: int) -> None:
+        """Nobody submits more than so many. Tries for a while where the server is away."""
+        self._record = replace(self._record, count=count)
         await self._write()
         deadline = time.monotonic() + self._broker.settings.submit_timeout
         while self._changed and time.monotonic() < deadline:
@@ -160,7 +160,7 @@ class _Submission:
                 for task in (submitting, heeding):
                     task.cancel()
                 await asyncio.wait([submitting, heeding])
-                await self._recorder.end()
+                await self._recorder.end(self.submitted)
                 self._recorder.close()
                 self._progress.close()
 

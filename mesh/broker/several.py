@@ -96,8 +96,9 @@ class Several:
         """How many inputs a call has, or had when its submitter went half-way."""
         if record.count is not None:
             return record.count
-        queued = await self.queued(record)
-        return max(record.submitted, queued + await self.ended(record.call))
+        last = await self._connection.get(self._topology.calls, self.inputs(record))
+        behind = int(last.subject.rpartition(".")[2]) + 1 if last else 0
+        return max(record.submitted, behind, await self.ended(record.call))
 
     async def is_being_submitted(self, record: CallRecord) -> bool:
         """Whether somebody who is alive adds inputs to it."""
