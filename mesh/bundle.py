@@ -71,17 +71,22 @@ class Bundle:
             raise DataLossError(f"the source bundle {digest[:12]} does not match its digest; deploy the app again")
         return bundle
 
-    def write(self, directory: Path) -> None:
-        """Put the files under `directory`, compiled; it appears complete or not at all."""
+    def write(self, directory: Path, *, source: bool = True) -> None:
+        """Put the files under `directory`, source compiled; it appears complete or not at all.
+
+        Raises:
+            DataLossError: a path leads elsewhere, or is none of source.
+        """
         for name in self.files:
-            _check_path(name)
+            _check_path(name, source)
         fresh = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
         shutil.rmtree(fresh, ignore_errors=True)
         for name, content in self.files.items():
             target = fresh / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
-        compileall.compile_dir(fresh, quiet=2, stripdir=str(fresh), prependdir=str(directory))
+        if source:
+            compileall.compile_dir(fresh, quiet=2, stripdir=str(fresh), prependdir=str(directory))
         try:
             fresh.rename(directory)
         except OSError:  # another worker was faster
@@ -90,9 +95,9 @@ class Bundle:
                 raise
 
 
-def _check_path(name: str) -> None:
+def _check_path(name: str, source: bool) -> None:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not name.endswith(".py"):
+    if path.is_absolute() or ".." in path.parts or (source and not name.endswith(".py")):
         raise DataLossError(f"a source bundle holds the path {name!r}, which no bundle of ours does")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mesh.broker import Broker, translated
 from mesh.bundle import Bundle
 from mesh.exception import DataLossError
+from mesh.imagespec import ImageSpec
 from mesh.records import Code, FunctionRecord
 
 
@@ -33,15 +34,23 @@ class CodeCache:
             if hashlib.sha256(pickled).hexdigest() != code.digest:
                 raise DataLossError(f"the code of {record.spec.name!r} is damaged in the store; deploy the app again")
             code = dataclasses.replace(code, pickled=pickled)
-        return code, await self._bundle(record) if record.bundle else None
+        return code, await self._bundle(record.app, record.bundle, source=True) if record.bundle else None
 
-    async def _bundle(self, record: FunctionRecord) -> Path:
-        target = self._directory / record.bundle
-        async with self._locks.setdefault(record.bundle, asyncio.Lock()):
+    async def files(self, app: str, image: ImageSpec) -> list[Path]:
+        """The directories of the files that an image brings.
+
+        Raises:
+            NotFoundError, DataLossError, ConnectionError: they cannot be had.
+        """
+        return [await self._bundle(app, digest, source=False) for digest in image.files]
+
+    async def _bundle(self, app: str, digest: str, *, source: bool) -> Path:
+        target = self._directory / digest
+        async with self._locks.setdefault(digest, asyncio.Lock()):
             if not target.is_dir():
-                bundle = Bundle.unpack(await self._fetch(record.app, record.bundle), record.bundle)
+                bundle = Bundle.unpack(await self._fetch(app, digest), digest)
                 self._directory.mkdir(parents=True, exist_ok=True)
-                await asyncio.to_thread(bundle.write, target)
+                await asyncio.to_thread(bundle.write, target, source=source)
         return target
 
     async def _fetch(self, app: str, digest: str) -> bytes:

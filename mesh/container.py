@@ -191,6 +191,8 @@ class Container:
         self._scratch = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=folder))
         self._memory = memory
         self.mask = Mask((secrets or {}).values())
+        for directory in image.files if image else ():
+            await asyncio.to_thread(shutil.copytree, directory, self._scratch, dirs_exist_ok=True)
         own = {**variables, **self._nursery.mark, "MESH_TASK_ID": self.name}
         conversation, passed = self._open()
         try:

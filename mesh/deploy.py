@@ -21,14 +21,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import mesh
-from mesh import hosts, image, serialization, vault
+from mesh import hosts, image, localfiles, serialization, vault
 from mesh.bundle import Bundle, collect
 from mesh.cancel import cancel_queued
 from mesh.exception import ConflictError, InvalidError, NotFoundError, SerializationError
@@ -118,10 +118,10 @@ class Source:
     packages: Mapping[str, str]
 
 
-def find_source(entry: str) -> Source:
-    """The source of an app whose App object was made in the module `entry`."""
+def find_source(entry: str, modules: Collection[str] = ()) -> Source:
+    """The source of an app whose App object was made in the module `entry`, and of other modules."""
     if entry != "__main__":
-        return _source({entry: None})
+        return _source(entry, None, modules)
     name = serialization.main_name()
     if name is None:
         return Source("", None, {})
@@ -129,12 +129,14 @@ def find_source(entry: str) -> Source:
     if "." in name and sys.modules["__main__"].__spec__ is None:
         raise InvalidError(f"{path} cannot be imported by its name, because that holds a dot: rename it")
     # Under `python -m pkg.mod` the module can be found by its name; a script's file name may be anything.
-    return _source({name: None if "." in name or path is None else Path(path).resolve()})
+    return _source(name, None if "." in name or path is None else Path(path).resolve(), modules)
 
 
-def _source(entries: Mapping[str, Path | None]) -> Source:
-    bundle, imported = collect(entries)
-    (entry,) = entries
+def _source(entry: str, path: Path | None, modules: Collection[str]) -> Source:
+    bundle, imported = collect({entry: path, **dict.fromkeys(modules)})
+    missing = {module.partition(".")[0] for module in modules} - set(bundle.modules)
+    if missing:
+        raise InvalidError(f"add_local_python_source: no module of yours here is named {', '.join(sorted(missing))}")
     if not bundle.files:
         raise InvalidError(
             f"module {entry!r} is not your own source (it lies in the standard library, or is installed): deploy a "
@@ -276,7 +278,9 @@ async def deploy(
 
     if not definitions and state is AppState.DEPLOYED:
         raise InvalidError(f"app {name!r} has no functions: decorate one with @app.function()")
-    source = await asyncio.to_thread(find_source, entry)
+    images = [d.handle.spec.image for d in definitions if d.handle.spec.image is not None]
+    modules = {module for image in images for module in image.modules}
+    source = await asyncio.to_thread(find_source, entry, modules)
     described = [describe(definition, source, app) for definition in definitions]
     records = [record for record, _ in described]
     async with translated(f"deploying {name}"):
@@ -295,6 +299,7 @@ async def deploy(
         if len(records) + len(removals) > MAX_FUNCTIONS:
             raise InvalidError(f"app {name!r} has {len(records)} functions; {MAX_FUNCTIONS} is the most one may have")
         await _ship_code(broker, app, source, [large for _, large in described if large])
+        await _ship_files(broker, app, {digest for image in images for digest in image.files})
         new = await _without_consumer(broker, previous, records)
         await broker.consumers.add(await _pools(broker, app, new), await broker.ack_wait())
         head = AppHead(
@@ -347,6 +352,12 @@ async def _ship_code(broker: Broker, app: str, source: Source, large: Sequence[b
         await code.put(code.key(app, digest), await asyncio.to_thread(source.bundle.pack))
     for pickled in large:
         await code.put(code.key(app, hashlib.sha256(pickled).hexdigest()), pickled)
+
+
+async def _ship_files(broker: Broker, app: str, digests: Collection[str]) -> None:
+    code = broker.registry.code
+    for digest in digests:
+        await code.put(code.key(app, digest), await asyncio.to_thread(localfiles.packed, digest))
 
 
 # --- ending apps -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +36,16 @@ _LOCK_PAUSE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """An image as it stands on this machine: what containers are started with."""
+    """An image as it stands on this machine: what containers are started with.
+
+    Attributes:
+        files: directories whose content each container gets a copy of in its own.
+    """
 
     interpreter: str
     variables: Mapping[str, str]
     workdir: str
+    files: Sequence[Path] = ()
 
 
 @dataclass(frozen=True, slots=True)

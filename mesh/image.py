@@ -12,9 +12,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
-from mesh import context
+from mesh import context, localfiles
 from mesh.exception import InvalidError, UnimplementedError
-from mesh.imagespec import ImageSpec, Step
+from mesh.imagespec import ImageSpec, Step, inside
+from mesh.localfiles import Ignore
 from mesh.secretref import check_env
 
 P = ParamSpec("P")
@@ -186,7 +187,7 @@ class Image:
         """
         return self._with(Step.APT, _flat(packages))
 
-    # --- what else ---------------------------------------------------------------------------------------------------
+    # --- what is run -------------------------------------------------------------------------------------------------
 
     def run_commands(self, *commands: str | list[str], force_build: bool = False, gpu: object = None) -> Image:
         """Run shell commands when the image is built, as the worker's user, with its Python first on the PATH.
@@ -194,6 +195,58 @@ class Image:
         All of an image begin in one directory, empty at first and gone afterwards. `pip` is uv's, for this environment.
         """
         return self._with(Step.RUN, _flat(commands))
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def add_local_file(self, local_path: str | Path, remote_path: str, *, copy: bool = False) -> Image:
+        """Put a file into its containers. It is read here and now, and travels with the app.
+
+        Args:
+            remote_path: where it is found: a path relative to where containers begin. One that ends with a slash is
+                that of a directory, in which the file keeps its name. A leading slash is ignored: containers have no
+                root of their own.
+            copy: exists for code written for Modal.
+
+        Raises:
+            NotFoundError: there is no such file. RequestSizeError: it has more than 100 MiB.
+        """
+        path = Path(local_path)
+        at = f"{remote_path}{path.name}" if remote_path.endswith("/") else remote_path
+        return self._with_files(path, at, ())
+
+    def add_local_dir(
+        self, local_path: str | Path, remote_path: str, *, copy: bool = False, ignore: Ignore = ()
+    ) -> Image:
+        """Put all files of a directory into its containers. They are read here and now, and travel with the app.
+
+        `mesh serve` runs the app anew when one of them changes.
+
+        Args:
+            remote_path: the directory they are found in, relative to where containers begin. A leading slash is
+                ignored: containers have no root of their own.
+            copy: exists for code written for Modal. ignore: patterns such as `"*.tmp"`, or a function of a path
+                relative to the directory, which says what stays here.
+
+        Raises:
+            NotFoundError: there is no such directory. InvalidError: it has no files. RequestSizeError: they have more
+                than 100 MiB.
+        """
+        return self._with_files(Path(local_path), remote_path, ignore)
+
+    def _with_files(self, path: Path, at: str, ignore: Ignore) -> Image:
+        digest = localfiles.read(path, inside(at), ignore) if context.is_local() else ""
+        return self._with(Step.FILES, digest, [path.name, at])
+
+    def add_local_python_source(self, *modules: str, copy: bool = False, ignore: Ignore = ()) -> Image:
+        """Have modules of yours travel with the app although it does not import them by name. What it imports does.
+
+        Args:
+            modules: names of modules or packages that can be imported here.
+            copy, ignore: exist for code written for Modal.
+        """
+        return self._with(Step.SOURCE, _flat(modules))
+
+    # --- what else containers find -----------------------------------------------------------------------------------
 
     def env(self, vars: Mapping[str, str]) -> Image:
         """Set variables in its containers, and in the steps of its building that follow.
@@ -243,9 +296,6 @@ class Image:
     poetry_install_from_file = _refused("poetry_install_from_file")
     pip_install_private_repos = _refused("pip_install_private_repos")
     uv_sync = _refused("uv_sync")
-    add_local_file = _refused("add_local_file")
-    add_local_dir = _refused("add_local_dir")
-    add_local_python_source = _refused("add_local_python_source")
 
 
 def _read_requirements(path: Path) -> list[str]:

@@ -20,6 +20,8 @@ class Step(StrEnum):
     APT = "apt"  # Debian packages that the worker's system must have
     ENV = "env"
     WORKDIR = "workdir"
+    FILES = "files"  # the digest of files that are put into the directory of each container
+    SOURCE = "source"  # names of modules that travel with the app's source, too
     REFUSED = "refused"  # what mesh does not have; said at deploy
 
 
@@ -66,6 +68,16 @@ class ImageSpec:
         for variables in self.of(Step.ENV):
             merged |= variables
         return merged
+
+    @property
+    def files(self) -> list[str]:
+        """Digests of the files that its containers find, in the order in which they are put there."""
+        return self.of(Step.FILES)
+
+    @property
+    def modules(self) -> list[str]:
+        """Modules that travel with the app's source although it may not import them."""
+        return [name for names in self.of(Step.SOURCE) for name in names]
 
     @property
     def workdir(self) -> str:

@@ -460,7 +460,7 @@ class Pool:
                 web=bool(spec.webs),
                 image=spec.image.mark if spec.image else "",
             )
-            image = self._built(spec)
+            image = await self._built(record, spec)
             variables = self._worker.container_variables({**(image.variables if image else {}), **spec.env})
             secrets = await self._worker.secrets(spec)
             if container.stopping:  # asked to while its code was being fetched
@@ -474,14 +474,14 @@ class Pool:
             self._drop(container)
             self.feed()
 
-    def _built(self, spec: FunctionSpec) -> Built | None:
+    async def _built(self, record: FunctionRecord, spec: FunctionSpec) -> Built | None:
         """What its containers are started with, where it has an image."""
         if spec.image is None:
             return None
         built = self._worker.environments.built(spec.image)
         if built is None:
             raise NotHere("its image has just been removed")
-        return built
+        return dataclasses.replace(built, files=await self._worker.code.files(record.app, spec.image))
 
     def _drop(self, container: Container) -> None:
         self.containers.remove(container)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from mesh import localfiles
 from mesh.bundle import is_local
 
 _LOOK = 0.1  # seconds between looks at the files
@@ -49,7 +50,7 @@ class Source:
         imported = {name: module for name, module in sys.modules.items() if name not in self._before}
         self._modules |= {name: module for name, module in imported.items() if _file(module) is not None}
         files = {file for module in self._modules.values() if (file := _file(module)) is not None}
-        self._files = {file: _state(file) for file in files | set(self._files)}
+        self._files = {file: _state(file) for file in files | localfiles.paths() | set(self._files)}
 
     def changed(self, deadline: float) -> bool:
         """Wait until a file is another than it was when it was loaded; false when that is not so until a moment of

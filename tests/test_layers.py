@@ -21,8 +21,8 @@ LEVELS = [
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status stats vault",  # what callers and containers share
     "place hosts settle cancel behind dead",  # how calls end, and are sent again
-    "secret image options target progress iterating call inputs submission map reading sdk functions queue",  # what
-    "cls report deploy apprun app",  # users hold
+    "secret localfiles image options target progress iterating call inputs submission map reading sdk",  # what
+    "functions queue cls report deploy apprun app",  # users hold
     "wire generating output asgi proxy site",  # containers, from inside: what goes in and out
     "usercode interrupts answers serving executor zygote",  # and what is run
     "memory machine placement programs pythons debian imagebuild environments",  # what a worker has
