@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mesh
 
-PAGE = Path(__file__).parent / "document_ocr_page"
+PAGE = "document_ocr_page"  # the files of the page: a folder beside this file, and beside its containers
 LARGEST_FILE = 10_000_000  # bytes
 MOST_PAGES = 20
 LONGEST_SIDE = 2400  # pixels: enough for a page of small print
@@ -24,7 +24,7 @@ image = (
     mesh.Image.debian_slim()
     .apt_install("tesseract-ocr")
     .pip_install("fastapi", "pillow", "pypdfium2", "pytesseract")
-    .add_local_dir(PAGE, "/document_ocr_page")
+    .add_local_dir(Path(__file__).parent / PAGE, PAGE)
 )
 app = mesh.App("document-ocr", image=image)
 

@@ -6,7 +6,8 @@ curl -i "$URL/result/fc-…"                  202 while it is pending, 200 with 
 
 import mesh
 
-app = mesh.App("job-queue-web")
+image = mesh.Image.debian_slim().pip_install("fastapi")
+app = mesh.App("job-queue-web", image=image)
 
 
 @app.function()

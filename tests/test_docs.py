@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 
+import mesh as mesh_api
 from mesh.cli import app
 from mesh.config import FIELDS
 from tests.support import ROOT, Mesh
@@ -19,7 +21,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for its_language, text in found if its_language == language]
 
 
 def test_the_readme_starts_with_two_commands() -> None:
@@ -28,7 +31,7 @@ def test_the_readme_starts_with_two_commands() -> None:
 
 def test_the_code_of_the_readme_runs(own_mesh: Callable[..., Mesh]) -> None:
     mesh = own_mesh()
-    own_file, service = blocks(ROOT / "README.md", "python")
+    own_file, service, *_ = blocks(ROOT / "README.md", "python")
     path = mesh.directory / "my_job_queue.py"
     path.write_text(own_file)
     mesh.start_worker()
@@ -41,6 +44,17 @@ def test_the_code_of_the_readme_runs(own_mesh: Callable[..., Mesh]) -> None:
     identifier, value = done.stdout.splitlines()
     assert identifier.startswith("fc-"), done.stderr
     assert value == "{'result': {'n': 1}}"
+
+
+def test_images_and_secrets_are_described_as_the_readme_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").touch()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": __name__, "mesh": mesh_api, "app": mesh_api.App()}
+    for block in blocks(ROOT / "README.md", "python")[3:]:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["image"].spec.packages == ["tesseract-ocr"]
+    assert [secret.name for secret in names["charge"].spec.secrets] == ["pay"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -161,11 +161,13 @@ def test_pages_are_read_side_by_side_and_files_too(page: Page) -> None:
         shown = card(page, name, "done")
         assert "3 pages, 15 words" in shown
         assert re.findall(r"This is page number (\d)", shown) == ["1", "2", "3"]
-    page.set_input_files("#files", [RECEIPT])
+    files = {"receipt.png": RECEIPT.read_bytes(), "blank.png": encoded("PNG", sheet())}
+    page.set_input_files("#files", [file_of(name, content) for name, content in files.items()])
     assert "TOTAL EUR 23.50" in card(page, "receipt.png", "done")
+    assert "No text was found on this page." in card(page, "blank.png", "done")
     look(page, "done")
     page.get_by_role("button", name="Remove scan.tiff").click()
-    assert page.locator("article").count() == 2
+    assert page.locator("article").count() == 3
 
 
 def test_what_cannot_be_read_says_why(page: Page, tmp_path: Path) -> None:
@@ -184,6 +186,21 @@ def test_what_cannot_be_read_says_why(page: Page, tmp_path: Path) -> None:
     page.set_input_files("#files", [large])
     assert "This file is larger than 10 MB." in card(page, "large.png", "wrong")
     look(page, "error")
+
+
+def test_that_reading_fails_is_said(deployed: tuple[Mesh, str], page: Page) -> None:
+    mesh, site = deployed
+    source = (EXAMPLES / "document_ocr.py").read_text()
+    broken = source.replace(".add_local_dir(", '.env({"TESSDATA_PREFIX": "/nowhere"}).add_local_dir(')
+    broken = broken.replace('App("document-ocr"', 'App("broken-ocr"').replace("Path(__file__).parent", repr(EXAMPLES))
+    broken = broken.replace("PosixPath", "Path")
+    mesh.cli("deploy", str(mesh.write(broken, "broken_ocr")))
+    page.goto(site.replace("document-ocr", "broken-ocr"))
+    page.set_input_files("#files", [RECEIPT])
+    shown = card(page, "receipt.png", "wrong")
+    assert "Reading it failed on the worker:" in shown
+    assert "/nowhere/eng.traineddata" in shown, "what Tesseract said is there"
+    assert page.get_by_role("button", name="Try again").is_visible()
 
 
 def test_the_server_refuses_what_the_page_would_not_send(deployed: tuple[Mesh, str]) -> None:
