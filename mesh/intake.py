@@ -175,6 +175,8 @@ class Intake:
 
     def _first_alike(self, count: int) -> list[Held]:
         """The first inputs, of one method."""
+        if count == 1:
+            return [self.waiting[0]]
         method = _function(self.waiting[0])
         alike = (held for held in self.waiting if _function(held) == method)
         return list(itertools.islice(alike, count))

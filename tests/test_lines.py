@@ -158,6 +158,32 @@ async def test_all_that_is_sent_in_one_turn_is_one_write(line: Line, monkeypatch
     assert writes[0].count(b"PUB nobody") == 100
 
 
+async def test_what_nobody_waits_for_goes_with_the_next_message_or_soon_after(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert line._transport is not None
+    writes, write = list[bytes](), line._transport.write
+
+    def count(data: bytes) -> None:
+        writes.append(data)
+        write(data)
+
+    monkeypatch.setattr(line._transport, "write", count)
+    line.send("first", in_no_hurry=True)
+    await asyncio.sleep(0)
+    assert not writes
+    line.send("second")
+    await asyncio.sleep(0)
+    assert [data.count(b"PUB") for data in writes] == [2]
+    line.send("third", in_no_hurry=True)
+    async with asyncio.timeout(10):
+        while len(writes) < 2:
+            await asyncio.sleep(0.001)
+    line.send("fourth", in_no_hurry=True)
+    await line.flush()  # a flush is a flush
+    assert [data.split()[1] for data in writes if data.startswith(b"PUB")] == [b"first", b"third", b"fourth"]
+
+
 async def test_what_is_too_large_or_too_late_is_refused(line: Line) -> None:
     with pytest.raises(nats.errors.MaxPayloadError):
         line.send("nobody", bytes(line.max_payload + 1))

@@ -303,14 +303,17 @@ class Connection:
         if self._client.is_full:
             await self._client.make_room()
 
-    def send(self, subject: str, body: bytes = b"", headers: bytes = b"", reply: str = "") -> None:
+    def send(
+        self, subject: str, body: bytes = b"", headers: bytes = b"", reply: str = "", *, in_no_hurry: bool = False
+    ) -> None:
         """`publish`, for what is known to fit, and never comes in such numbers that it fills the connection.
 
         Args:
             headers: encoded, by `encode_headers`; see `check_encoded`.
+            in_no_hurry: nobody waits for it, so it may wait some milliseconds for something to go with.
         """
         try:
-            self._client.send(subject, body, headers, reply)
+            self._client.send(subject, body, headers, reply, in_no_hurry=in_no_hurry)
         except nats.errors.Error as error:
             raise self._closed_error() if self.is_closed else exception.ConnectionError(str(error)) from error
 

@@ -90,8 +90,9 @@ class Lease:
         await self.connection.publish(self.reply, b"+WPI")
 
     async def ack(self) -> None:
-        """Done: the message leaves the queue. Harmless after the lease was lost, because the result decides."""
-        await self.connection.publish(self.reply, b"+ACK")
+        """Done: the message leaves the queue. Harmless after the lease was lost, because the result decides; which is
+        stored, so nobody waits for this."""
+        self.connection.send(self.reply, b"+ACK", in_no_hurry=True)
 
     async def nak(self, delay: float = 0.0) -> None:
         """Deliver it again, to anybody, after `delay` seconds. Without a delay that is at once."""

@@ -19,6 +19,7 @@ from nats.aio.subscription import Subscription
 from nats.protocol.parser import Parser
 
 _LONGEST_LINE = 1 << 20  # bytes; the server names all its cluster in one
+_IN_NO_HURRY = 0.005  # seconds that what nobody waits for may wait for something to share a packet with
 _FULL = 64 << 20  # bytes that wait for the socket, above which who sends more waits, too
 _VERSION = "NATS/1.0"
 
@@ -78,6 +79,7 @@ class Line(Client):
         self.takers: dict[bytes, Callable[[Incoming], None]] = {}
         self._ps = _Cutter(self)
         self._writing = False
+        self._later: asyncio.TimerHandle | None = None
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -98,8 +100,13 @@ class Line(Client):
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
-    def send(self, subject: str, body: bytes = b"", headers: bytes = b"", reply: str = "") -> None:
-        """Send at the end of this turn of the loop. While disconnected it is kept, and sent after. Headers: encoded.
+    def send(
+        self, subject: str, body: bytes = b"", headers: bytes = b"", reply: str = "", *, in_no_hurry: bool = False
+    ) -> None:
+        """Send at the end of this turn of the loop. While disconnected it is kept, and sent after.
+
+        Args:
+            headers: encoded. in_no_hurry: with what is sent next, or a moment later where that is nothing.
 
         Raises:
             nats.errors.Error: the connection is closed; or what is kept, or the message, is too large.
@@ -116,7 +123,12 @@ class Line(Client):
             command = b"".join((f"PUB {subject} {reply} {len(body)}\r\n".encode(), body, b"\r\n"))
         self._pending.append(command)
         self._pending_data_size += len(command)
-        if not self._writing:
+        if self._writing:
+            return
+        if in_no_hurry:
+            if self._later is None:
+                self._later = asyncio.get_running_loop().call_later(_IN_NO_HURRY, self._write)
+        else:
             self._writing = True
             asyncio.get_running_loop().call_soon(self._write)
 
@@ -131,6 +143,9 @@ class Line(Client):
     def _write(self) -> None:
         """Everything that waits, in one system call. Where the connection is not there, nats-py does it when it is."""
         self._writing = False
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
         if self._status == Client.CONNECTED and self._pending and self._transport is not None:
             pending, self._pending = self._pending, []
             self._pending_data_size = 0
