@@ -7,6 +7,8 @@
     python3 dev bench --deploy                                 deploying 500 functions
     python3 dev bench --containers                             calls a second, with 1, 2 and 4 containers
     python3 dev bench --scaling                                containers that follow a load, drawn as docs/scaling.svg
+    python3 dev bench --web                                    requests through a gateway, beside uvicorn alone
+    python3 dev bench --reload                                 from a save to the new answer, under `mesh serve`
     python3 dev bench --peers [--help]                         beside other queues, written to docs/benchmarks.md
 
 Each prints one table under a line about the machine, and writes it to `--json FILE`, too.
@@ -26,6 +28,7 @@ import idle
 import machine
 import scaling
 import table
+import web
 from table import Row
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -42,6 +45,10 @@ def measured(options: argparse.Namespace) -> tuple[str, list[Row]]:
         return f"deploying {options.functions} functions", deploys.rows(options.functions)
     if options.containers:
         return "calls a second by containers", containers.rows([1, 2, 4], options.calls)
+    if options.web:
+        return f"web functions: {options.rounds} rounds", web.rows(options.rounds, options.calls)
+    if options.reload:
+        return "changes of the source under `mesh serve`", web.reload_rows(10)
     if options.scaling:
         return "containers that follow a load", scaling.rows(options.picture)
     return beside_the_raw_limit(options)
@@ -67,7 +74,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    for name in ("cold", "idle", "deploy", "containers", "scaling"):
+    for name in ("cold", "idle", "deploy", "containers", "scaling", "web", "reload"):
         which.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--sync", default="1s,always", help="when the server writes to disk: 1s, 2m, always")
     parser.add_argument("--rounds", type=int, default=3)
