@@ -1,16 +1,16 @@
-"""Deployed code on this machine: fetched once, checked, unpacked, and shared by all containers that run it."""
+"""Deployed code on this machine, and files of images: fetched once, checked, unpacked, and shared by all containers."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from mesh.broker import Broker, translated
 from mesh.bundle import Bundle
 from mesh.exception import DataLossError
-from mesh.imagespec import ImageSpec
 from mesh.records import Code, FunctionRecord
 
 
@@ -36,13 +36,13 @@ class CodeCache:
             code = dataclasses.replace(code, pickled=pickled)
         return code, await self._bundle(record.app, record.bundle, source=True) if record.bundle else None
 
-    async def files(self, app: str, image: ImageSpec) -> list[Path]:
-        """The directories of the files that an image brings.
+    async def files(self, app: str, digests: Sequence[str]) -> list[Path]:
+        """The directories of files that images of an app bring.
 
         Raises:
             NotFoundError, DataLossError, ConnectionError: they cannot be had.
         """
-        return [await self._bundle(app, digest, source=False) for digest in image.files]
+        return [await self._bundle(app, digest, source=False) for digest in digests]
 
     async def _bundle(self, app: str, digest: str, *, source: bool) -> Path:
         target = self._directory / digest

@@ -128,6 +128,9 @@ class Settings:
         _flag,
         "let a worker install the Debian packages that images name: as root, or by a sudo that asks nothing",
     )
+    images_size: int = _setting(
+        10 << 30, parse_size, "bytes that environments of images may take on a machine; the least used ones go"
+    )
     grace: float = _setting(30.0, _number(0, 86_400), "seconds a stopping worker gives running calls")
     cancel_grace: float = _setting(30.0, _number(0, 3600), "seconds a cancelled or late call has for its `finally`")
     crash_budget: int = _setting(3, _count(1), "containers or workers an input may lose before it fails")

@@ -44,7 +44,6 @@ from mesh.frames import (
     Stop,
     Waiting,
 )
-from mesh.imagespec import inside
 from mesh.mask import Mask
 from mesh.memory import MIB, MemoryWatch
 from mesh.nursery import Nursery, Process
@@ -189,10 +188,13 @@ class Container:
         """
         self._loop = asyncio.get_running_loop()
         self._scratch = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=folder))
+        try:
+            begin = await asyncio.to_thread(image.furnish, self._scratch) if image else self._scratch
+        except BaseException:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            raise
         self._memory = memory
         self.mask = Mask((secrets or {}).values())
-        for directory in image.files if image else ():
-            await asyncio.to_thread(shutil.copytree, directory, self._scratch, dirs_exist_ok=True)
         own = {**variables, **self._nursery.mark, "MESH_TASK_ID": self.name}
         conversation, passed = self._open()
         try:
@@ -215,7 +217,7 @@ class Container:
         self._send(
             Home(
                 f"mesh container {self.name} {start.app}.{start.function}",
-                str(self._begin_in(image.workdir if image else "")),
+                str(begin),
                 {**own, **(secrets or {})},
             )
         )
@@ -224,12 +226,6 @@ class Container:
         if self.stopping:
             self._say_stop()
         self._timers.append(self._loop.call_later(limit, self._start_took_too_long, limit))
-
-    def _begin_in(self, workdir: str) -> Path:
-        """The directory it begins in: its own, or below that."""
-        directory = self._scratch / inside(workdir)
-        directory.mkdir(parents=True, exist_ok=True)
-        return directory
 
     def _open(self) -> tuple[socket.socket, list[int]]:
         """What is between the worker and the process: our end of the conversation, and what the process gets."""

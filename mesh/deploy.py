@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ import mesh
 from mesh import hosts, image, localfiles, serialization, vault
 from mesh.bundle import Bundle, collect
 from mesh.cancel import cancel_queued
-from mesh.exception import ConflictError, InvalidError, NotFoundError, SerializationError
+from mesh.exception import ConflictError, InvalidError, NotFoundError, SerializationError, ServerWarning
 from mesh.protocol import PoolKey
 from mesh.records import AppHead, AppState, Code, FunctionRecord, Removal
 
@@ -172,6 +173,7 @@ def describe(definition: Definition, source: Source, app: str) -> tuple[Function
     """The record of a function, and its by-value code where that is too large for the record.
 
     Raises:
+        UnimplementedError, InvalidError: its image cannot be had.
         SerializationError: it must travel by value, and cannot be pickled; the text names what stops it.
     """
     code, identity = _code(definition, source)
@@ -181,7 +183,8 @@ def describe(definition: Definition, source: Source, app: str) -> tuple[Function
         code = dataclasses.replace(code, pickled=b"", digest=hashlib.sha256(large).hexdigest())
     digest = source.bundle.digest if source.bundle else ""
     spec = definition.handle.spec
-    image.refuse(spec.image, spec.name)
+    if spec.image is not None:
+        image.check(spec.image, spec.name, by_value=code.by_value)
     main = serialization.main_name()
     if spec.retries is not None and main is not None and not code.by_value:
         spec = dataclasses.replace(spec, retries=spec.retries.with_main_as(main))
@@ -299,7 +302,7 @@ async def deploy(
         if len(records) + len(removals) > MAX_FUNCTIONS:
             raise InvalidError(f"app {name!r} has {len(records)} functions; {MAX_FUNCTIONS} is the most one may have")
         await _ship_code(broker, app, source, [large for _, large in described if large])
-        await _ship_files(broker, app, {digest for image in images for digest in image.files})
+        await _ship_files(broker, app, {digest for image in images for digest in image.packs})
         new = await _without_consumer(broker, previous, records)
         await broker.consumers.add(await _pools(broker, app, new), await broker.ack_wait())
         head = AppHead(
@@ -317,7 +320,21 @@ async def deploy(
         )
         names = broker.hosts.messages(await hosts.claims(broker, head, records))
         await broker.registry.publish(head, [*records, *removals], sequence, names)
+        await _warn_of_pythons(broker, records)
     return Deployment(head, records, True, gone)
+
+
+async def _warn_of_pythons(broker: Broker, records: Sequence[FunctionRecord]) -> None:
+    """Say which images need a Python that none of the workers says it has."""
+    wanted = {record.spec.image.python for record in records if record.spec.image is not None} - {""}
+    workers = await broker.workers.all() if wanted else []
+    for python in sorted(wanted.difference(*(worker.pythons for worker in workers)) if workers else ()):
+        names = ", ".join(r.spec.name for r in records if r.spec.image is not None and r.spec.image.python == python)
+        warnings.warn(
+            f"no worker has Python {python}, which the image of {names} needs: calls wait for one that has",
+            ServerWarning,
+            stacklevel=2,
+        )
 
 
 async def _without_consumer(

@@ -16,14 +16,16 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mesh import debian, imagebuild, pythons
+from mesh import debian, envcache, imagebuild, pythons
 from mesh.background import Background
-from mesh.exception import Error, ImageBuildError
-from mesh.imagespec import ImageSpec, Step
+from mesh.config import Settings
+from mesh.envcache import Hold
+from mesh.exception import ConnectionError, DataLossError, Error, ImageBuildError, NotFoundError
+from mesh.imagespec import ImageSpec, Step, inside
 from mesh.vault import NotHere
 
 logger = logging.getLogger("mesh.worker")
@@ -31,6 +33,7 @@ logger = logging.getLogger("mesh.worker")
 _AT_ONCE = 4  # builds
 _LONGEST_BUILD = 3600.0  # seconds
 _FIRST_PAUSE, _LONGEST_PAUSE = 15.0, 600.0  # seconds until a build that failed is tried again
+_KEPT = 600.0  # seconds that an environment without containers counts as used
 _LOCK_PAUSE = 0.1
 
 
@@ -47,6 +50,14 @@ class Built:
     workdir: str
     files: Sequence[Path] = ()
 
+    def furnish(self, directory: Path) -> Path:
+        """Put a copy of the files into a container's directory; returns where it begins."""
+        for folder in self.files:
+            shutil.copytree(folder, directory, dirs_exist_ok=True)
+        begin = directory / inside(self.workdir)
+        begin.mkdir(parents=True, exist_ok=True)
+        return begin
+
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
@@ -59,13 +70,16 @@ class Environments:
     """What this worker builds and uses.
 
     Args:
-        cache: its directory. may_install: whether it may install Debian packages.
+        fetch: gives the directories of files that an app's images bring, by their digests.
     """
 
-    def __init__(self, cache: Path, *, may_install: bool) -> None:
-        self._directory = cache / "env"
-        self._may_install = may_install
-        self._runtimes = cache / "runtime"
+    def __init__(self, settings: Settings, fetch: Callable[[str, Sequence[str]], Awaitable[Sequence[Path]]]) -> None:
+        self._directory = settings.cache_dir / "env"
+        self._runtimes = settings.cache_dir / "runtime"
+        self._may_install = settings.apt_install
+        self._limit = settings.images_size
+        self._fetch = fetch
+        self._holds: dict[Path, Hold] = {}
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._builds: dict[str, asyncio.Task[Error | None]] = {}
         self._progress: dict[str, str] = {}
@@ -83,8 +97,36 @@ class Environments:
         own = {"VIRTUAL_ENV": str(target), "PATH": path, "PYTHONPATH": ""}  # the worker's would go before the image's
         return Built(str(python), {**own, **image.env}, image.workdir)
 
-    async def prepare(self, image: ImageSpec) -> None:
-        """See that an image is ready. Whoever stops waiting leaves its build going on.
+    async def use(self, image: ImageSpec, app: str) -> Built:
+        """An image that was ready, for a container that is started now.
+
+        Raises:
+            NotHere: it is no longer. NotFoundError, DataLossError, ConnectionError: its files cannot be had.
+        """
+        target = self._target(image)
+        if target in self._holds:
+            self._holds[target].renew()
+        elif target.exists():
+            self._holds[target] = Hold(target)
+        built = self.built(image)
+        if built is None:
+            raise NotHere("its image has just been removed")
+        return replace(built, files=await self._fetch(app, image.files))
+
+    async def tidy(self, interpreters: Collection[str]) -> None:
+        """Let go of environments that nothing here uses, and remove what is too much on this machine.
+
+        Args:
+            interpreters: those in use.
+        """
+        for target, hold in list(self._holds.items()):
+            if str(target / "bin" / "python") not in interpreters and time.time() - hold.renewed > _KEPT:
+                self._holds.pop(target).end()
+        for name in await asyncio.to_thread(envcache.tidy, self._directory, self._limit):
+            logger.info("environment %s is removed: it was not used", name)
+
+    async def prepare(self, image: ImageSpec, app: str) -> None:
+        """See that an image is ready, for the app that has its files. Whoever stops waiting leaves its build going on.
 
         Raises:
             ImageBuildError: it cannot be built, now or for some time. NotHere: this machine lacks something for it.
@@ -94,7 +136,7 @@ class Environments:
             raise NotHere(f"its image has what this worker's mesh does not have: {', '.join(unknown)}")
         key = self._key(image)
         if key not in self._builds:
-            build = self._builds[key] = self._background.spawn(self._prepare(image))
+            build = self._builds[key] = self._background.spawn(self._prepare(image, app))
             build.add_done_callback(lambda _: self._builds.pop(key))
         error = await asyncio.shield(self._builds[key])
         if error is not None:
@@ -126,7 +168,7 @@ class Environments:
     def _target(self, image: ImageSpec) -> Path:
         return self._directory / hashlib.sha256(f"{image.digest} {self._installation}".encode()).hexdigest()[:32]
 
-    async def _prepare(self, image: ImageSpec) -> Error | None:
+    async def _prepare(self, image: ImageSpec, app: str) -> Error | None:
         """Returns why it is not ready."""
         key = self._key(image)
         failed = self._failed.get(key)
@@ -135,9 +177,9 @@ class Environments:
         try:
             async with self._room, asyncio.timeout(_LONGEST_BUILD):
                 await self._see_to_packages(image)
-                await self._see_to_environment(image)
-        except NotHere as error:
-            return error
+                await self._see_to_environment(image, app)
+        except (NotHere, NotFoundError, DataLossError, ConnectionError) as error:
+            return error  # which may be otherwise soon
         except (ImageBuildError, TimeoutError, OSError) as error:
             pause = min(2 * failed.pause, _LONGEST_PAUSE) if failed is not None else _FIRST_PAUSE
             told = error if isinstance(error, ImageBuildError) else ImageBuildError(_plain(error), _id(image))
@@ -169,7 +211,7 @@ class Environments:
                 raise ImageBuildError(f"apt-get install {names} failed:\n{said}", _id(image))
         self._packages.update(image.packages)
 
-    async def _see_to_environment(self, image: ImageSpec) -> None:
+    async def _see_to_environment(self, image: ImageSpec, app: str) -> None:
         target = self._target(image)
         async with _locked(target.with_suffix(".lock")):
             if (target / "bin" / "python").exists():
@@ -179,7 +221,9 @@ class Environments:
             await asyncio.to_thread(_remove, target, fresh)
             runtime = imagebuild.link_runtime(self._runtimes / self._installation)
             try:
-                await imagebuild.Build(image, fresh, runtime, lambda text: self._say(image, text)).run()
+                fetch, say = functools.partial(self._fetch, app), functools.partial(self._say, image)
+                await imagebuild.Build(image, fresh, runtime, fetch, say).run()
+                await asyncio.to_thread(envcache.note_size, fresh, target)
                 fresh.rename(target)
             finally:
                 await asyncio.to_thread(_remove, fresh)

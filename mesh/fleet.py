@@ -138,6 +138,7 @@ class Fleet:
             memory=size.memory,
             used_memory=used.memory,
             labels=worker.offer.labels,
+            pythons=worker.offer.pythons,
         )
 
     # --- hearing -----------------------------------------------------------------------------------------------------

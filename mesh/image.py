@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +180,37 @@ class Image:
             image = image._with(step, value, said)
         return image
 
+    def uv_sync(
+        self,
+        uv_project_dir: str = "./",
+        *,
+        groups: Sequence[str] = (),
+        extras: Sequence[str] = (),
+        frozen: bool = True,
+        extra_options: str = "",
+        uv_version: str | None = None,
+        force_build: bool = False,
+        gpu: object = None,
+    ) -> Image:
+        """Install what a project of uv's has locked, without the project itself.
+
+        Its `pyproject.toml` and `uv.lock` are read here and now.
+
+        Args:
+            groups, extras: which of its dependency groups and optional dependencies, too.
+            frozen: take the lock file as it is, also if it does not fit the project any more.
+            extra_options: of `uv sync`. uv_version, force_build, gpu: exist for code written for Modal.
+
+        Raises:
+            NotFoundError: there is no such project, or no lock file: `uv lock` makes it.
+        """
+        words = [*(f"--group={name}" for name in groups), *(f"--extra={name}" for name in extras)]
+        words += ["--frozen" if frozen else "--locked", *shlex.split(extra_options)]
+        folder = Path(uv_project_dir)
+        names = ("pyproject.toml", "uv.lock") if context.is_local() else ()
+        value = {"files": [localfiles.read(folder / name, name) for name in names], "words": words}
+        return self._with(Step.SYNC, value, [folder.name, words])
+
     def apt_install(self, *packages: str | list[str], force_build: bool = False) -> Image:
         """Debian packages that the worker's system must have.
 
@@ -203,8 +235,8 @@ class Image:
 
         Args:
             remote_path: where it is found: a path relative to where containers begin. One that ends with a slash is
-                that of a directory, in which the file keeps its name. A leading slash is ignored: containers have no
-                root of their own.
+                that of a directory, in which the file keeps its name. Containers have no root of their own: `/root` is
+                where they begin, and a leading slash is ignored elsewhere.
             copy: exists for code written for Modal.
 
         Raises:
@@ -222,8 +254,7 @@ class Image:
         `mesh serve` runs the app anew when one of them changes.
 
         Args:
-            remote_path: the directory they are found in, relative to where containers begin. A leading slash is
-                ignored: containers have no root of their own.
+            remote_path: the directory they are found in, as for `add_local_file`.
             copy: exists for code written for Modal. ignore: patterns such as `"*.tmp"`, or a function of a path
                 relative to the directory, which says what stays here.
 
@@ -295,7 +326,6 @@ class Image:
     run_function = _refused("run_function")
     poetry_install_from_file = _refused("poetry_install_from_file")
     pip_install_private_repos = _refused("pip_install_private_repos")
-    uv_sync = _refused("uv_sync")
 
 
 def _read_requirements(path: Path) -> list[str]:
@@ -326,15 +356,22 @@ def _read(path: Path) -> str:
         raise InvalidError(f"{path.absolute()} cannot be read: {error.strerror}") from None
 
 
-def refuse(spec: ImageSpec | None, function: str) -> None:
-    """Say which steps mesh does not have.
+def check(spec: ImageSpec, function: str, *, by_value: bool) -> None:
+    """Refuse an image with which a function cannot be deployed.
 
     Raises:
-        UnimplementedError: there are some.
+        UnimplementedError: it has steps that mesh does not have.
+        InvalidError: it has another Python than the function's code, which goes by value.
     """
-    steps = spec.of(Step.REFUSED) if spec is not None else []
+    steps = spec.of(Step.REFUSED)
     if steps:
         raise UnimplementedError(
             f"the image of {function!r} uses {', '.join(dict.fromkeys(steps))}, which mesh does not have: an image is "
             "a Python environment on the worker's own system"
+        )
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if by_value and spec.python not in ("", python):
+        raise InvalidError(
+            f"{function!r} goes by value from Python {python} and cannot run on the Python {spec.python} of its image; "
+            "move it to a module, or leave python_version out"
         )

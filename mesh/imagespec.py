@@ -16,6 +16,7 @@ class Step(StrEnum):
     """What an image is made of, in the order it is written."""
 
     PIP = "pip"  # words for `uv pip install`: options and requirements
+    SYNC = "sync"  # a project with a lock file of uv: digests of both, and words for `uv sync`
     RUN = "run"  # shell commands, run in the environment
     APT = "apt"  # Debian packages that the worker's system must have
     ENV = "env"
@@ -25,7 +26,7 @@ class Step(StrEnum):
     REFUSED = "refused"  # what mesh does not have; said at deploy
 
 
-_BUILDS = (Step.PIP, Step.RUN)
+_BUILDS = (Step.PIP, Step.SYNC, Step.RUN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,11 @@ class ImageSpec:
         return self.of(Step.FILES)
 
     @property
+    def packs(self) -> list[str]:
+        """Digests of all files that travel for it: those, and what it is built of."""
+        return [*self.files, *(digest for value in self.of(Step.SYNC) for digest in value["files"])]
+
+    @property
     def modules(self) -> list[str]:
         """Modules that travel with the app's source although it may not import them."""
         return [name for names in self.of(Step.SOURCE) for name in names]
@@ -97,5 +103,7 @@ class ImageSpec:
 
 
 def inside(path: str) -> str:
-    """A path of an image, relative to the directory of a container: nothing leads out of it."""
-    return posixpath.normpath(f"/{path}").lstrip("/")
+    """A path of an image, relative to the directory of a container, out of which nothing leads. `/root` is that itself:
+    code written for Modal begins there."""
+    first, *rest = posixpath.normpath(f"/{path}").lstrip("/").split("/")
+    return "/".join(rest if path.startswith("/") and first == "root" else [first, *rest])

@@ -260,6 +260,11 @@ class Nursery:
         self._closing = False
         self._background = Background()
 
+    @property
+    def interpreters(self) -> set[str]:
+        """Those that have a zygote."""
+        return {zygote.key.interpreter for zygote in self._all}
+
     def warm(self, variables: Mapping[str, str]) -> None:
         """Start the zygote for containers with these variables before the first of them is wanted, and keep it."""
         self._warm = _Key.of(variables)

@@ -81,12 +81,14 @@ class Offer:
 
     Attributes:
         worker: its name. python: its minor version, such as `3.12`. labels: what it is said to have.
+        pythons: minor versions that images may have, as far as that is seen without looking far.
     """
 
     worker: str
     python: str
     size: Size
     labels: Mapping[str, str]
+    pythons: tuple[str, ...] = ()
 
 
 def unfit(record: FunctionRecord, spec: FunctionSpec, offer: Offer) -> str:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from mesh import execution, placement, report
 from mesh.broker.leases import BUSY, IDLE
 from mesh.container import Container, Exit
-from mesh.environments import Built
 from mesh.exception import Error, FunctionTimeoutError, InvalidError
 from mesh.frames import Outcome, Start, Work
 from mesh.imagespec import ImageSpec
@@ -417,7 +416,7 @@ class Pool:
         failed: Error | None = None
         try:
             async with asyncio.timeout(limit):
-                await self._worker.environments.prepare(image)
+                await self._worker.environments.prepare(image, self.key.app)
         except TimeoutError:
             failed = FunctionTimeoutError(f"its image was not built within its startup_timeout of {limit:g} s")
         except Error as error:
@@ -460,7 +459,7 @@ class Pool:
                 web=bool(spec.webs),
                 image=spec.image.mark if spec.image else "",
             )
-            image = await self._built(record, spec)
+            image = await self._worker.environments.use(spec.image, self.key.app) if spec.image else None
             variables = self._worker.container_variables({**(image.variables if image else {}), **spec.env})
             secrets = await self._worker.secrets(spec)
             if container.stopping:  # asked to while its code was being fetched
@@ -473,15 +472,6 @@ class Pool:
                 self._start_failed(failure(type(error), str(error)), here=isinstance(error, NotHere))
             self._drop(container)
             self.feed()
-
-    async def _built(self, record: FunctionRecord, spec: FunctionSpec) -> Built | None:
-        """What its containers are started with, where it has an image."""
-        if spec.image is None:
-            return None
-        built = self._worker.environments.built(spec.image)
-        if built is None:
-            raise NotHere("its image has just been removed")
-        return dataclasses.replace(built, files=await self._worker.code.files(record.app, spec.image))
 
     def _drop(self, container: Container) -> None:
         self.containers.remove(container)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from mesh import programs
 
+_POSSIBLE = [f"3.{number}" for number in range(11, 20)]
 OWN = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -25,6 +27,16 @@ async def find(minor: str) -> str:
             return str(python)
     code, output = await programs.run([uv(), "python", "find", minor], own)
     return output.splitlines()[-1] if code == 0 and output else ""
+
+
+def seen() -> tuple[str, ...]:
+    """The minor versions that lie where Pythons usually do. Others may be found all the same, and none is tried."""
+    return tuple(minor for minor in _POSSIBLE if minor == OWN or any(_of_pyenv(minor)) or _on_path(minor))
+
+
+def _on_path(minor: str) -> bool:
+    found = shutil.which(f"python{minor}")
+    return found is not None and Path(found).parent.name != "shims"
 
 
 def _of_pyenv(minor: str) -> Iterator[Path]:

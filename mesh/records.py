@@ -426,6 +426,7 @@ class WorkerRecord:
         running: inputs that began a second ago or more.
         functions: pools with containers, and how many. inputs: how many inputs they run. headroom: how many more they
             could run at once. in_use: pools with a minimum or a buffer that had inputs lately.
+        pythons: minor versions that images may have on it, as far as it knows.
         unfit: functions it does not run, each with the reason. trouble: why it begins nothing at all; empty if it does.
     """
 
@@ -450,6 +451,7 @@ class WorkerRecord:
     inputs: Mapping[str, int] = field(default_factory=dict[str, int])
     headroom: Mapping[str, int] = field(default_factory=dict[str, int])
     in_use: tuple[str, ...] = ()
+    pythons: tuple[str, ...] = ()
     at: float = field(default_factory=time.time)
 
     def encode(self) -> bytes:
@@ -461,4 +463,5 @@ class WorkerRecord:
             values = _known(cls, fields)
             values["running"] = tuple(values.get("running", ()))
             values["in_use"] = tuple(values.get("in_use", ()))
+            values["pythons"] = tuple(values.get("pythons", ()))
             return cls(**values)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import IntEnum
 
 from mesh import container as containers
-from mesh import machine, vault
+from mesh import machine, pythons, vault
 from mesh.background import Background
 from mesh.broker import Broker, Lease, NoResponders, Puller, StoreError, Unanswered, translated
 from mesh.broker.leases import Pace
@@ -58,6 +58,7 @@ _REREAD = 20.0  # seconds between reads of all heads, in case a push was missed
 _SETTLE_DOWN = (0.8, 1.2)  # seconds after a reconnect in which leases are renewed and nothing new is asked for
 _HELD_TOO_LONG = 2.0  # seconds after which an input that has no room here goes to a worker that has
 _CLIENTS_SWEEP = 10.0  # seconds between looks whether single runs and waiting callers have lost their client
+_TIDY = 600.0  # seconds between looks at the environments of images
 
 
 class ExitCode(IntEnum):
@@ -160,7 +161,7 @@ class Worker:
         self.ends = Ends(self.broker, self.settler, self.name, self._held, self._stop_input, self.background)
         self.examiner = Examiner(self.broker, self.settler, self.ends, self.name)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
-        self.environments = Environments(self.settings.cache_dir, may_install=self.settings.apt_install)
+        self.environments = Environments(self.settings, self.code.files)
         self.sweeper = Sweeper(self.broker, self.name, self.ack_wait, interval)
         self.watch = Watch(self.broker, self.name, self._held, self._stop_input)
         self.slots = Slots(self.broker, self.name)
@@ -198,6 +199,7 @@ class Worker:
             self.background.spawn(self._regularly(_REREAD, self._read_deployed)),
             self.background.spawn(self._regularly(self.slots.look_every, self.slots.look)),
             self.background.spawn(self._regularly(_CLIENTS_SWEEP, self._sweep_runs)),
+            self.background.spawn(self._regularly(_TIDY, self._tidy_environments)),
             self.background.spawn(self._regularly(_CLIENTS_SWEEP, self.watch.callers)),
             self.background.spawn(self._regularly(self.settings.sweep_interval, self.sweeper.sweep)),
             self.background.spawn(self._regularly(self.settings.sweep_interval, self.upkeep.look)),
@@ -295,6 +297,9 @@ class Worker:
     async def _read_deployed(self) -> None:
         await self.deployed.read()
         self._feed_all()  # whatever may have been missed ends here
+
+    async def _tidy_environments(self) -> None:
+        await self.environments.tidy(self.nursery.interpreters)
 
     async def _sweep_runs(self) -> None:
         """End apps of a single run whose client has gone."""
@@ -491,4 +496,5 @@ def _offer(worker: str, settings: Settings) -> Offer:
         memory=settings.memory or machine.memory(),
     )
     python = ".".join(platform.python_version_tuple()[:2])
-    return Offer(worker=worker, python=python, size=size, labels=parse_labels(settings.labels))
+    labels = parse_labels(settings.labels)
+    return Offer(worker=worker, python=python, size=size, labels=labels, pythons=pythons.seen())

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from uv import find_uv_bin
 
 from mesh import Image
-from mesh.exception import ImageBuildError, InvalidError, UnimplementedError
+from mesh.envcache import Hold, note_size, tidy
+from mesh.exception import ImageBuildError, InvalidError, NotFoundError, UnimplementedError
 from mesh.imagespec import ImageSpec, Step, inside
 from tests.support import Mesh, until
 
@@ -83,7 +88,19 @@ def test_pipe_passes_the_image_on() -> None:
     assert piped.spec == Image.debian_slim().pip_install("a==1").spec
 
 
-@pytest.mark.parametrize(("path", "within"), [("/root", "root"), ("a/b", "a/b"), ("../../x", "x"), ("/", ""), ("", "")])
+@pytest.mark.parametrize(
+    ("path", "within"),
+    [
+        ("/root", ""),
+        ("/root/a", "a"),
+        ("/rooted", "rooted"),
+        ("root/a", "root/a"),
+        ("a/b", "a/b"),
+        ("../../x", "x"),
+        ("/", ""),
+        ("", ""),
+    ],
+)
 def test_no_path_of_an_image_leads_out_of_its_container(path: str, within: str) -> None:
     assert inside(path) == within
 
@@ -172,7 +189,7 @@ def test_two_versions_of_a_package_in_one_app_and_an_image_that_cannot_be_built(
     broken = app.never.spawn()
     *versions, image, both, directory = app.first.remote()
     assert (versions, image, both) == (["1.0", "1.0"], "1", "function")
-    assert directory.endswith("/root/work")
+    assert directory.endswith("/work")
     version, prefix = app.second.remote()
     assert (version, app.third.remote()) == ("2.0", prefix)
     assert app.plain.remote() == (sys.prefix, "1.0")  # which calls another from its container
@@ -250,8 +267,8 @@ def test_a_long_build_keeps_nobody_else_from_running(own_mesh: Callable[..., Mes
 """
     )
     calls = [app.slow.spawn() for _ in range(5)]
-    reason = until(lambda: calls[0].status().waiting_for, what="what is being built")
-    assert reason == f"shop.slow waits for its image: cat {gate} > /dev/null"
+    said = f"shop.slow waits for its image: cat {gate} > /dev/null"
+    until(lambda: calls[0].status().waiting_for == said, what="what is being built")
     assert app.quick.remote() == "quick"
     gate.write_text("")
     assert [call.get(timeout=60) for call in calls] == ["slow"] * 5
@@ -277,6 +294,54 @@ def test_building_takes_no_longer_than_startup_timeout_and_goes_on_all_the_same(
     until(lambda: said in call.status().waiting_for, what="that it takes too long")
     gate.write_text("")
     assert call.get(timeout=60) == "slow"
+
+
+# --- a project, and code by value ------------------------------------------------------------------------------------
+
+
+def test_a_locked_project_is_installed_without_itself(own_mesh: Callable[..., Mesh], wheels: str) -> None:
+    mesh = own_mesh()
+    mesh.start_worker()
+    project = mesh.directory / "src" / "project"
+    project.mkdir(parents=True)
+    (project / "pyproject.toml").write_text(
+        '[project]\nname = "mine"\nversion = "1"\nrequires-python = ">=3.11"\ndependencies = ["tiny<2"]\n'
+        f'[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n'
+    )
+    subprocess.run([find_uv_bin(), "lock", "--quiet", "--project", str(project)], check=True, env=mesh.variables)
+    with pytest.raises(NotFoundError, match="no-project"):
+        Image.debian_slim().uv_sync(str(project.with_name("no-project")))
+    app = mesh.deploy(
+        HEAD.replace("WHEELS", wheels)
+        + """
+    from pathlib import Path
+    import importlib.metadata
+
+    @app.function(image=base.uv_sync(str(Path(__file__).parent / "project")))
+    def versions():
+        return sorted((d.name, d.version) for d in importlib.metadata.distributions() if d.name in ("tiny", "mine"))
+"""
+    )
+    assert app.versions.remote() == [("tiny", "1.0")]
+
+
+# --- environments that are kept --------------------------------------------------------------------------------------
+
+
+def test_environments_go_that_nobody_uses_the_least_used_first(tmp_path: Path) -> None:
+    for number in range(4):
+        environment = tmp_path / f"env-{number}"
+        environment.mkdir()
+        (environment / "content").write_bytes(bytes(100))
+        note_size(environment, environment)
+        os.utime(tmp_path / f"env-{number}.used", (time.time() - 100 + number,) * 2)
+    held = Hold(tmp_path / "env-0")
+    os.utime(tmp_path / "env-0.used", (0, 0))
+    assert tidy(tmp_path, 1000) == []
+    assert tidy(tmp_path, 250) == ["env-1", "env-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["env-0", "env-0.used", "env-3", "env-3.used"]
+    held.end()
+    assert tidy(tmp_path, 1000) == ["env-0"]  # for a month
 
 
 # --- what the worker's machine lacks ---------------------------------------------------------------------------------
@@ -346,14 +411,18 @@ def test_a_worker_installs_debian_packages_only_where_it_may(own_mesh: Callable[
 def test_calls_wait_for_a_python_that_the_worker_lacks(own_mesh: Callable[..., Mesh]) -> None:
     mesh = own_mesh()
     mesh.start_worker()
-    app = mesh.deploy("""
-        import mesh
-        app = mesh.App("shop")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        app = mesh.deploy("""
+            import mesh
+            app = mesh.App("shop")
 
-        @app.function(image=mesh.Image.debian_slim("3.99"))
-        def late():
-            pass
-    """)
+            @app.function(image=mesh.Image.debian_slim("3.99"))
+            def late():
+                pass
+        """)
+    warned = [str(w.message) for w in caught]
+    assert warned == ["no worker has Python 3.99, which the image of late needs: calls wait for one that has"]
     call = app.late.spawn()
     said = "shop.late waits: its image needs Python 3.99, which this worker does not have"
     until(lambda: call.status().waiting_for == said, what="which Python is missing")
@@ -379,6 +448,13 @@ def test_what_only_a_registry_has_can_be_written_and_not_deployed(mesh: Mesh, im
     app.app.function(image=image.pip_install("numpy").env({"A": "1"}), name="g", serialized=True)(app.f.get_raw_f())
     (step,) = image.spec.of(Step.REFUSED)
     with pytest.raises(UnimplementedError, match=f"the image of 'g' uses {step}, which mesh does not have"):
+        app.app.deploy()
+
+
+def test_code_by_value_needs_the_python_that_made_it(mesh: Mesh) -> None:
+    app = mesh.load("import mesh\napp = mesh.App('shop')")
+    app.app.function(image=Image.debian_slim("3.19"), name="f", serialized=True)(lambda: 5)
+    with pytest.raises(InvalidError, match=r"'f' goes by value from Python 3\.\d+ and cannot run on the Python 3\.19"):
         app.app.deploy()
 
 

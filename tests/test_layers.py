@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     "exception labels parameters secretref webspec imagespec spec decorators web",  # values, of users
     "config background processes scratch unbuilt",  # and of processes
-    "protocol variant flow frames records serialization bundle judge mask sealing",  # bytes, on the wire and stored
+    "protocol variant flow frames records serialization bundle judge mask sealing",  # bytes, sent and stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status stats vault",  # what callers and containers share
     "place hosts settle cancel behind dead",  # how calls end, and are sent again
@@ -25,7 +25,7 @@ LEVELS = [
     "functions queue cls report deploy apprun app",  # users hold
     "wire generating output asgi proxy site",  # containers, from inside: what goes in and out
     "usercode interrupts answers serving executor zygote",  # and what is run
-    "memory machine placement programs pythons debian imagebuild environments",  # what a worker has
+    "memory machine placement programs pythons debian imagebuild envcache environments",  # what a worker has
     "runs pipes nursery container execution",  # containers, from outside
     "capacity autoscaler scaling codecache",  # how many, and what they run
     "ends examine sweep upkeep watch check fleet slots request intake pool deployed",  # a worker, and `mesh check`

@@ -136,6 +136,7 @@ WORKER = WorkerRecord(
     inputs={"shop.resize": 1},
     headroom={"shop.resize": 1},
     in_use=("shop.resize",),
+    pythons=("3.11", "3.12"),
     at=1_700_000_001.5,
 )
 WORKER_JSON: dict[str, Any] = {
@@ -161,6 +162,7 @@ WORKER_JSON: dict[str, Any] = {
     "inputs": {"shop.resize": 1},
     "headroom": {"shop.resize": 1},
     "in_use": ["shop.resize"],
+    "pythons": ["3.11", "3.12"],
     "at": 1_700_000_001.5,
 }
 
