@@ -18,7 +18,7 @@ from mesh.vault import NotHere
 _LAST_LINES = 20  # of what a program printed, in the error
 _OF_CONTAINERS = (  # what mesh needs there, for some functions at least
     *("nats-py", "cloudpickle", "msgpack", "a2wsgi", "python-dotenv", "tzdata"),
-    *("httpcore", "h11", "certifi", "anyio", "idna", "websockets"),
+    *("httpcore", "h11", "certifi", "anyio", "idna", "typing_extensions", "websockets"),
 )
 _PROOF = "import mesh.zygote, mesh.app, mesh.broker, mesh.client, mesh.map"  # that containers will find all of it
 
@@ -136,7 +136,10 @@ def runtime() -> dict[str, Path]:
     """What is in it, by its name there."""
     found = {"mesh": Path(__file__).resolve().parent}
     for name in _OF_CONTAINERS:
-        distribution = importlib.metadata.distribution(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # newer Pythons need no typing_extensions
         for file in distribution.files or ():
             top = file.parts[0]
             if top != ".." and not top.endswith((".dist-info", "__pycache__")):

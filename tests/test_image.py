@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from uv import find_uv_bin
 
@@ -18,7 +19,7 @@ from mesh import Image
 from mesh.envcache import Hold, note_size, tidy
 from mesh.exception import ImageBuildError, InvalidError, NotFoundError, UnimplementedError
 from mesh.imagespec import ImageSpec, Step, inside
-from tests.support import Mesh, until
+from tests.support import Mesh, gateway, until
 
 # --- describing ------------------------------------------------------------------------------------------------------
 
@@ -294,6 +295,34 @@ def test_building_takes_no_longer_than_startup_timeout_and_goes_on_all_the_same(
     until(lambda: said in call.status().waiting_for, what="that it takes too long")
     gate.write_text("")
     assert call.get(timeout=60) == "slow"
+
+
+def test_web_functions_have_images_and_requests_wait_for_them(own_mesh: Callable[..., Mesh], wheels: str) -> None:
+    mesh = own_mesh()
+    worker = mesh.start_worker()
+    mesh.deploy(
+        HEAD.replace("WHEELS", wheels)
+        + """
+    @app.function(image=base.pip_install("tiny==1.0"))
+    @mesh.wsgi_app()
+    def page():
+        import tiny
+
+        def answer(environ, start):
+            start("200 OK", [("Content-Type", "text/plain")])
+            return [tiny.version.encode()]
+
+        return answer
+
+    @app.function(image=base.pip_install("tiny==3.0"))
+    @mesh.asgi_app()
+    def never(): ...
+"""
+    )
+    with gateway(mesh) as address:
+        assert httpx.get(f"{address}/shop/page", timeout=60).text == "1.0"
+        assert httpx.get(f"{address}/shop/never", timeout=60).status_code >= 500
+    assert "is built, in" in worker.log
 
 
 # --- a project, and code by value ------------------------------------------------------------------------------------
