@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -125,7 +126,7 @@ class Container:
     Attributes:
         ready: the user's code is imported. stopping: it gets no more inputs. max_inputs: runs at once.
         idle_since: monotonic time since when it has nothing to do. served: inputs it has finished.
-        mask: hides the secrets it was started with.
+        mask: hides the secrets it was started with. modules: what another one may have imported beforehand.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Container:
     ) -> None:
         self.name = name
         self.mask = Mask()
+        self.modules: tuple[str, ...] = ()
         self.started = time.monotonic()
         self.ready = False
         self.stopping = False
@@ -156,6 +158,7 @@ class Container:
         self._runs = Runs(max_inputs)
         self._retired = False
         self._was_told = False
+        self._warm: Callable[[tuple[str, ...]], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._outgoing: list[bytes] = []
         self._finished = asyncio.Event()
@@ -177,13 +180,15 @@ class Container:
         folder: Path | None = None,
         secrets: Mapping[str, str] | None = None,
         image: Built | None = None,
+        modules: tuple[str, ...] = (),
     ) -> None:
         """Start the process. It is told what to be at once; `on_ready` follows, or `on_exit`.
 
         Args:
             secrets: variables that nobody else may see: they go to the container alone, over its own socket.
             limit: seconds until it must be ready. memory: MiB that it and what it starts may use; `None`: no limit.
-            image: what it is started with, if not this process's own Python.
+            image: what it is started with, if not this process's own Python. modules: what it may have imported before
+                it is told what to be.
             folder: where the directory is made that it works in; `None`: where the system has temporary files.
         """
         self._loop = asyncio.get_running_loop()
@@ -196,11 +201,11 @@ class Container:
         self._memory = memory
         self.mask = Mask((secrets or {}).values())
         own = {**variables, **self._nursery.mark, "MESH_TASK_ID": self.name}
+        interpreter = image.interpreter if image else sys.executable
+        self._warm = None if secrets else functools.partial(self._nursery.prepare, own, interpreter)
         conversation, passed = self._open()
         try:
-            self._process = await self._nursery.fork(
-                own, passed, self._until, image.interpreter if image else sys.executable
-            )
+            self._process = await self._nursery.fork(own, passed, self._until, interpreter, modules)
         except BaseException:
             conversation.close()
             self._release()
@@ -462,6 +467,9 @@ class Container:
                 self._on_credit(frame)
             case Ready():
                 self.ready = True
+                if frame.modules and self._warm is not None:
+                    self.modules = tuple(frame.modules.split())
+                    self._warm(self.modules)
                 self.idle_since = time.monotonic()
                 self._listener.on_ready(self)
             case StartFailed():

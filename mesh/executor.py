@@ -14,6 +14,7 @@ import faulthandler
 import os
 import random
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,6 +66,7 @@ def prepare(wire: Wire, start: Start, outputs: tuple[Output, Output], marks: Beg
             start.image,
         )
     )
+    found = (set(sys.modules), dict(os.environ))
     try:
         serving = Serving(wire, start, load(start), outputs, marks)
         serving.prepare()
@@ -74,5 +76,16 @@ def prepare(wire: Wire, start: Start, outputs: tuple[Output, Output], marks: Beg
     except BaseException as error:
         wire.send(StartFailed(start_failure(error, start.bundle).encode()))
         return None
-    wire.send(Ready())
+    wire.send(Ready(_common_modules(start, *found)))
     return serving
+
+
+def _common_modules(start: Start, imported: set[str], variables: Mapping[str, str]) -> str:
+    """What the next version of a page that is being written need not import: installed modules, where importing has
+    left no thread, which a fork would lose, and the user's code no variable, which they may be imported to read."""
+    is_written = start.web and start.app.startswith("ap-")
+    if not is_written or os.environ != variables or len(list(Path("/proc/self/task").iterdir())) > 1:
+        return ""
+    installed = (sys.prefix, sys.base_prefix)
+    modules = [(name, getattr(module, "__file__", None)) for name, module in sys.modules.items()]
+    return " ".join(name for name, file in modules if name not in imported and file and file.startswith(installed))

@@ -152,7 +152,9 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The user's code is imported; inputs may come."""
+    """The user's code is imported; inputs may come. `modules`: what another container may have before its own code."""
+
+    modules: str = ""  # with spaces between
 
 
 @dataclass(frozen=True, slots=True)

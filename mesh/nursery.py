@@ -44,11 +44,16 @@ class _Key:
 
     interpreter: str
     variables: tuple[tuple[str, str], ...]
+    modules: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, variables: Mapping[str, str], interpreter: str = sys.executable) -> _Key:
-        """For containers with these variables."""
-        return cls(interpreter, tuple(sorted(pair for pair in variables.items() if pair[0].startswith(_AT_START))))
+    def of(cls, variables: Mapping[str, str], interpreter: str = sys.executable, modules: tuple[str, ...] = ()) -> _Key:
+        """For containers with these variables. What is to import modules of others has all of these but the mesh's."""
+        if modules:
+            chosen = [pair for pair in variables.items() if not pair[0].startswith("MESH_")]
+        else:
+            chosen = [pair for pair in variables.items() if pair[0].startswith(_AT_START)]
+        return cls(interpreter, tuple(sorted(chosen)), modules)
 
 
 class ZygoteEndedError(OSError):
@@ -117,7 +122,7 @@ class _Zygote:
         self._control.setblocking(False)
         with theirs:
             self._program = subprocess.Popen(
-                [key.interpreter, "-P", "-m", "mesh.zygote", str(theirs.fileno()), _TITLE_ROOM],
+                [key.interpreter, "-P", "-m", "mesh.zygote", str(theirs.fileno()), _TITLE_ROOM, *key.modules],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
@@ -270,24 +275,30 @@ class Nursery:
         self._warm = _Key.of(variables)
         self._zygote(self._warm)
 
+    def prepare(self, variables: Mapping[str, str], interpreter: str, modules: tuple[str, ...]) -> None:
+        """Start a zygote that imports modules, for containers that will be forked with these arguments."""
+        with contextlib.suppress(OSError):  # the worker is stopping
+            self._zygote(_Key.of(variables, interpreter, modules))
+
     async def fork(
         self,
         variables: Mapping[str, str],
         descriptors: Sequence[int],
         until: float = math.inf,
         interpreter: str = sys.executable,
+        modules: tuple[str, ...] = (),
     ) -> Process:
         """A process for a container that will have these variables.
 
         Args:
-            descriptors: what it gets, as `frames.Fork` says; they stay open here.
+            descriptors: what it gets, as `frames.Fork` says; they stay open here. modules: what it may have imported.
 
         Raises:
             OSError: there is none to be had.
         """
         for tries_left in reversed(range(_TRIES)):
             try:
-                return await self._zygote(_Key.of(variables, interpreter)).fork(descriptors, until)
+                return await self._zygote(_Key.of(variables, interpreter, modules)).fork(descriptors, until)
             except ZygoteEndedError as error:
                 if not tries_left:
                     raise OSError(f"no process for a container: {_TRIES} zygotes ended instead; {error}") from None

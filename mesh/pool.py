@@ -79,6 +79,7 @@ class Pool:
         self._preparing: ImageSpec | None = None
         self.start_error = ""
         self._why_resting = ""
+        self._modules: tuple[str, ...] = ()
         self._feeding = False
         self._abouts: dict[tuple[str, bool], About] = {}  # by function or method, and whether it yields
         self._set_spec()
@@ -465,8 +466,8 @@ class Pool:
             if container.stopping:  # asked to while its code was being fetched
                 self._drop(container)
                 return
-            folder = self._worker.scratch.path
-            await container.start(start, variables, spec.start_limit, spec.memory, folder, secrets, image)
+            folder, modules = self._worker.scratch.path, () if secrets else self._modules
+            await container.start(start, variables, spec.start_limit, spec.memory, folder, secrets, image, modules)
         except (Error, OSError) as error:
             if self._versions[container] == self.record.version:
                 self._start_failed(failure(type(error), str(error)), here=isinstance(error, NotHere))
@@ -535,6 +536,7 @@ class Pool:
         if self._versions[container] == self.record.version:
             self._backoff = self._retry_at = 0.0
             self.start_error = ""
+            self._modules = container.modules
         self.feed()
 
     def on_start_failed(self, container: Container, failure: Failure, *, for_good: bool) -> None:

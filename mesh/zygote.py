@@ -35,6 +35,7 @@ from mesh.wire import Wire
 # What a container needs for its function, then what the function needs to call others: in steps, between which the
 # first containers are forked.
 _PRELOADED = ("mesh.app", "mesh.records", "ssl", "nats", "mesh.broker", "mesh.client", "mesh.map")
+_MODULES = 3  # what follows the arguments before: names of modules that containers of one function have in common
 _LOWEST_DESCRIPTOR = 100  # sockets are moved above this: programs use the low ones by number
 _MOST_DESCRIPTORS = 8  # that come with one request
 _DATAGRAM = 1 << 16  # bytes, more than any has
@@ -77,6 +78,11 @@ class Zygote:
             self._turn(0.0)
             importlib.import_module(module)
             gc.freeze()  # what is forked in between shares it, too
+        for module in sys.argv[_MODULES:]:
+            self._turn(0.0)
+            with contextlib.suppress(Exception):  # a container finds out by itself
+                importlib.import_module(module)
+            gc.freeze()
         while not self._worker_gone:
             self._turn(math.inf)
         self._end_all()

@@ -175,12 +175,13 @@ def test_only_settings_read_the_environment() -> None:
         )
     }
     assert reading == {
-        *("config", "container", "up", "zygote", "secret", "proxy"),
+        *("config", "container", "up", "zygote", "secret", "proxy", "executor"),
         *("programs", "pythons", "imagebuild", "environments"),
     }, (
         "a setting that another module reads has no origin that `mesh config show` could tell; "
         "container and up only pass variables on to the processes they start, and zygote gives containers theirs; "
         "secret takes what its user names; proxy tells the server that it has started by its user where to listen; "
+        "executor looks whether user code has changed any; "
         "what builds images passes on where packages and programs come from"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import signal
@@ -384,7 +385,9 @@ def test_serve_shows_changes_at_once_and_keeps_what_could_be_imported(site: tupl
     helper = mesh.write("WORD = 'one'\n", "said", folder="served")
     file = mesh.write(
         """
-        import mesh, said
+        import sys
+        EARLY = "httpx" in sys.modules
+        import httpx, mesh, said
         app = mesh.App("talk")
 
         @app.function()
@@ -394,7 +397,7 @@ def test_serve_shows_changes_at_once_and_keeps_what_could_be_imported(site: tupl
                 if scope["type"] == "http":
                     print("was asked")
                     await send({"type": "http.response.start", "status": 200, "headers": []})
-                    await send({"type": "http.response.body", "body": said.WORD.encode()})
+                    await send({"type": "http.response.body", "body": f"{said.WORD} {EARLY}".encode()})
             return application
         """,
         "talk",
@@ -408,8 +411,9 @@ def test_serve_shows_changes_at_once_and_keeps_what_could_be_imported(site: tupl
     try:
         found = until(lambda: re.search(r"http://\S+", log.read_text()))
         assert found[0] == f"{address}/talk-dev/say"
-        says: Callable[[], str] = lambda: httpx.get(found[0], timeout=30).text  # noqa: E731
-        assert says() == "one"
+        told: Callable[[], list[str]] = lambda: httpx.get(found[0], timeout=30).text.split()  # noqa: E731
+        says: Callable[[], str] = lambda: told()[0]  # noqa: E731
+        assert told() == ["one", "False"]
         until(lambda: "was asked" in log.read_text())
         helper.write_text("WORD = 'two'\n")
         until(lambda: says() == "two", what="the change of an imported module is there")
@@ -419,6 +423,16 @@ def test_serve_shows_changes_at_once_and_keeps_what_could_be_imported(site: tupl
         assert says() == "two"
         helper.write_text("WORD = 'three'\n")
         until(lambda: says() == "three", what="it goes on after the error")
+
+        words = itertools.count()
+
+        def changed() -> bool:
+            word = f"w{next(words)}"
+            helper.write_text(f"WORD = '{word}'\n")
+            until(lambda: says() == word)
+            return told()[1] == "True"
+
+        until(changed, what="what is installed was imported before the change")
         serving.send_signal(signal.SIGINT)
         assert serving.wait(30) == 0
         until(lambda: httpx.get(found[0]).status_code == 404, what="it is off the mesh")
