@@ -9,6 +9,7 @@
     python3 dev bench --scaling                                containers that follow a load, drawn as docs/scaling.svg
     python3 dev bench --web                                    requests through a gateway, beside uvicorn alone
     python3 dev bench --reload                                 from a save to the new answer, under `mesh serve`
+    python3 dev bench --million [--count N] [--sync MODE]      a call of a million inputs, and what others see meanwhile
     python3 dev bench --peers [--help]                         beside other queues, written to docs/benchmarks.md
 
 Each prints one table under a line about the machine, and writes it to `--json FILE`, too.
@@ -26,6 +27,7 @@ import containers
 import deploys
 import idle
 import machine
+import million
 import scaling
 import table
 import web
@@ -49,6 +51,9 @@ def measured(options: argparse.Namespace) -> tuple[str, list[Row]]:
         return f"web functions: {options.rounds} rounds", web.rows(options.rounds, options.calls)
     if options.reload:
         return "changes of the source under `mesh serve`", web.reload_rows(10)
+    if options.million:
+        title = f"a call of {options.count:,} inputs, {options.sync}"
+        return title, million.rows(options.sync.partition(",")[0], options.count)
     if options.scaling:
         return "containers that follow a load", scaling.rows(options.picture)
     return beside_the_raw_limit(options)
@@ -74,11 +79,12 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    for name in ("cold", "idle", "deploy", "containers", "scaling", "web", "reload"):
+    for name in ("cold", "idle", "deploy", "containers", "scaling", "web", "reload", "million"):
         which.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--sync", default="1s,always", help="when the server writes to disk: 1s, 2m, always")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=4000)
+    parser.add_argument("--count", type=int, default=1_000_000, help="of --million: its inputs")
     parser.add_argument("--document", action="store_true", help="write the table into docs/performance.md")
     parser.add_argument("--functions", type=int, default=500, help="of --idle and --deploy")
     parser.add_argument("--seconds", type=float, default=60, help="of --idle: a minute has one of everything in it")

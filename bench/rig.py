@@ -34,6 +34,7 @@ class Rig:
 
     def __init__(self, folder: Path, sync: str = "2m", *, monitored: bool = False) -> None:
         self.folder = folder
+        self._sync = sync
         self._monitor = _free_port() if monitored else 0
         program = _monitored(folder, self._monitor) if monitored else None
         self.server = NatsServer.start(folder / "nats", sync=sync, program=program)
@@ -65,6 +66,12 @@ class Rig:
             self.worker.send_signal(signal.SIGTERM)
             self.worker.wait()
             self.worker = None
+
+    def restart_server(self) -> None:
+        """Kill the server, and start it anew where it was, with what it had."""
+        port = self.server.port
+        self.server.kill()
+        self.server = NatsServer.start(self.folder / "nats", sync=self._sync, port=port)
 
     # --- user code ---------------------------------------------------------------------------------------------------
 

@@ -36,14 +36,22 @@ async def cancel_call(broker: Broker, call: str, *, request: CancelRequest) -> S
     record = await broker.several.find(call)
     if record is None:
         return await cancel_input(broker, call, request=request)
-    if record.count is not None and not await broker.several.queued(record):
+    if await _has_ended(broker, record):
         return await _came_to(broker, record)
+    await broker.several.note_inputs(record)
     cancelled = _cancelled(request.reason, record.app, record.function)
     await broker.results.create(end_key(call), cancelled, record.result_ttl)
     await _until_nothing_runs(broker, call, request)
     if not await broker.workers.all():
         await broker.several.drop(record)
     return State.CANCELLED
+
+
+async def _has_ended(broker: Broker, record: CallRecord) -> bool:
+    """Whether all inputs have ended. The last may still be in the queue then; the first may have no result any more."""
+    if record.count is None:
+        return False
+    return not await broker.several.queued(record) or await broker.several.ended(record.call) >= record.count
 
 
 async def _came_to(broker: Broker, record: CallRecord) -> State:

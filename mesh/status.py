@@ -71,18 +71,23 @@ async def find_call(broker: Broker, call: str) -> CallStatus | None:
 async def _of_several(broker: Broker, record: CallRecord, workers: list[WorkerRecord]) -> CallStatus:
     """A call of several inputs: what its first that has not ended is at, and how many there are of each kind."""
     several = broker.several
-    first, queued, failed, end = await asyncio.gather(
-        several.first_queued(record), several.queued(record), several.died(record), broker.results.end(record.call)
+    first, queued, ended, failed, end = await asyncio.gather(
+        several.first_queued(record),
+        several.queued(record),
+        several.ended(record.call),
+        several.died(record),
+        broker.results.end(record.call),
     )
     inputs = await several.inputs_of(record)
     counted: dict[str, Any] = {
         "inputs": inputs,
-        "outstanding": 0 if end else min(queued, inputs),
+        # What has just ended is still in the queue; what ended long ago may have no result any more.
+        "outstanding": 0 if end else max(0, min(queued, inputs - ended)),
         "failed": failed,
         "cancelled": inputs - min(inputs, await several.ended(record.call, end[0])) if end else 0,
         "submitting": end is None and await several.is_being_submitted(record),
     }
-    if end is None and first is not None and (address := broker.calls.address(first)) is not None:
+    if counted["outstanding"] and first is not None and (address := broker.calls.address(first)) is not None:
         status = _unfinished(broker, record.call, first, workers, await broker.attempts.get(address.key))
         waiting_for = "" if status.worker else why(workers, address)
         return replace(status, waiting_for=waiting_for, **counted)

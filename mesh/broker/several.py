@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import replace
 
 from mesh.broker.bucket import Bucket
 from mesh.broker.connection import Connection, Stored
@@ -99,6 +100,14 @@ class Several:
         last = await self._connection.get(self._topology.calls, self.inputs(record))
         behind = int(last.subject.rpartition(".")[2]) + 1 if last else 0
         return max(record.submitted, behind, await self.ended(record.call))
+
+    async def note_inputs(self, record: CallRecord) -> None:
+        """Write down how many inputs a call has by now, before they leave the queue, unless its submitter does."""
+        stored = await self._bucket.get(record.call)
+        if stored is not None and CallRecord.decode(stored.body).count is None:
+            noted = replace(record, submitted=await self.inputs_of(record))
+            ttl = None if record.result_ttl is None else 2 * record.result_ttl
+            await self._bucket.write(record.call, noted.encode(), last=stored.sequence, ttl=ttl)
 
     async def is_being_submitted(self, record: CallRecord) -> bool:
         """Whether somebody who is alive adds inputs to it."""
