@@ -110,7 +110,10 @@ class Fleet:
         )
 
     def _troubles(self) -> dict[str, str]:
-        return {str(pool.key): pool.trouble for pool in self._worker.pools if pool.trouble}
+        troubles = {
+            str(pool.key): pool.trouble or (pool.refusal.summary if pool.refusal else "") for pool in self._worker.pools
+        }
+        return {pool: trouble for pool, trouble in troubles.items() if trouble}
 
     def _record(self) -> WorkerRecord:
         worker, name = self._worker, self._worker.name

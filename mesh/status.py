@@ -179,11 +179,15 @@ async def why_waiting(broker: Broker, address: Address | None) -> str:
 
 def why(workers: list[WorkerRecord], address: Address | None, environment: str = "") -> str:
     """The same, from the workers that are alive."""
+    return why_nowhere(workers, str(address.pool_key) if address else "", environment)
+
+
+def why_nowhere(workers: list[WorkerRecord], pool: str, environment: str = "") -> str:
+    """Why no worker runs what a pool has, if that can be told."""
     takers = [worker for worker in workers if not worker.draining]
     if not takers:
         where = f" in environment {environment!r}" if environment else ""
         return f"no worker is running{where}; start one with `mesh worker` (or `mesh up`)"
-    pool = str(address.pool_key) if address else ""
     reasons = [worker.trouble or worker.unfit.get(pool, "") for worker in takers]
     return "; ".join(dict.fromkeys(reasons)) if all(reasons) else ""
 

@@ -15,7 +15,8 @@ from mesh.broker.exchanges import Exchange, Receipt
 from mesh.flow import Outflow
 from mesh.judge import Kind
 from mesh.places import Place, Refused
-from mesh.protocol import new_call_id
+from mesh.protocol import PoolKey, new_call_id
+from mesh.status import why_nowhere
 
 logger = logging.getLogger("mesh.gateway")
 
@@ -109,12 +110,17 @@ class Visit:
         if exchange.refused is not None:
             if exchange.refused is Receipt.BUSY or time.monotonic() - began > _PATIENCE:
                 busy = exchange.refused is Receipt.BUSY
-                raise Refused(503, "too many requests wait" if busy else "no worker runs this function now")
+                raise Refused(503, "too many requests wait" if busy else await self._why_nowhere())
             return False
         if kind is Kind.RETURNED and inline and not self._begun and time.monotonic() < deadline:
             return False
         self._conclude(kind, text)
         return True
+
+    async def _why_nowhere(self) -> str:
+        pool = PoolKey(self._place.app, self._place.function)
+        reason = why_nowhere(await self._broker.workers.recent(), str(pool))
+        return f"no worker runs this function now{f': {reason}' if reason else ''}"
 
     async def _submit(self, events: list[Event], *, more: bool) -> Exchange:
         place, call = self._place, new_call_id(self._broker.token)

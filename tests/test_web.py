@@ -341,6 +341,7 @@ def test_without_a_worker_there_is_no_service(server: NatsServer, tmp_path: Path
         mesh.deploy(site_source(mesh), "site_2")
         answer = httpx.get(f"{address}/site/pages/about", timeout=30)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.text.startswith("no worker runs this function now: no worker is running; start one with")
 
 
 def test_an_answer_under_way_is_finished_while_its_worker_drains(server: NatsServer, tmp_path: Path) -> None:
