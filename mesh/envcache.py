@@ -14,12 +14,20 @@ _ABANDONED = 86_400.0  # seconds after which what is half built has nobody who b
 
 
 class Hold:
-    """A use of an environment, which ends with the process at the latest: meanwhile nobody removes it."""
+    """A use of an environment, which ends with the process at the latest: meanwhile nobody removes it.
+
+    Raises:
+        BlockingIOError: somebody is removing it.
+    """
 
     def __init__(self, target: Path) -> None:
         self._target = target
         self._file = os.open(_mark(target), os.O_RDWR | os.O_CREAT)
-        fcntl.flock(self._file, fcntl.LOCK_SH)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.end()
+            raise
         self.renew()
 
     def renew(self) -> None:
