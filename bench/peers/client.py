@@ -169,9 +169,10 @@ class Client:
         return {"accepted": submitted, "refused": refused, "lost": lost}
 
     async def _ends(self, handle: Any, value: Any, until: float) -> bool:
-        """Whether its result can be read, asking again after errors, as a patient caller would."""
+        """Whether its result can be read, asking again after errors and after a while, as a patient caller would: what
+        tells of results may have been lost with the server, where the results were not."""
         while True:
-            left = max(0.1, until - time.time())
+            left = max(0.1, min(3.0, until - time.time()))
             try:
                 return bool(await asyncio.wait_for(self.peer.result(handle, left), left + 5) == value)
             except Exception:  # noqa: BLE001 - a lost connection, or no result yet

@@ -10,7 +10,7 @@ from typing import Any
 from procrastinate import App, JobContext, PsycopgConnector
 from psycopg.types.json import Json
 
-from peers.peer import URL, Failed, Peer
+from peers.peer import LEASE, URL, Failed, Peer
 from peers.work import work_async
 
 _POLL = 0.01
@@ -21,13 +21,24 @@ select j.id, j.status, a.value from procrastinate_jobs j left join answers a on 
 where j.id = any(%(jobs)s) and j.status in ('succeeded', 'failed')
 """
 
-app = App(connector=PsycopgConnector(conninfo=URL))
+_BEATS = {"update_heartbeat_interval": 1.0, "stalled_worker_timeout": float(LEASE)} if LEASE else {}
+
+app = App(connector=PsycopgConnector(conninfo=URL), worker_defaults=_BEATS)
 
 
 @app.task(name="work", queue="peers", pass_context=True)
 async def work(context: JobContext, kind: str, value: Any) -> None:
     found = await work_async(kind, value)
     await app.connector.execute_query_async(_KEEP, job=context.job.id, value=Json(found))
+
+
+if LEASE:  # its documentation has this for users to write
+
+    @app.periodic(cron="* * * * * */2")
+    @app.task(queue="peers")
+    async def retry_stalled(timestamp: int) -> None:
+        for job in await app.job_manager.get_stalled_jobs(seconds_since_heartbeat=LEASE):
+            await app.job_manager.retry_job(job)
 
 
 class Client(Peer):

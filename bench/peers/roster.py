@@ -166,7 +166,8 @@ ROSTER = (
         "procrastinate --app peers.procrastinate.app worker --concurrency 10",
         10,
         "LISTEN/NOTIFY for workers; it keeps no results, so the function writes them into a table of its own, which "
-        "the client polls every 10 ms; bulk is `batch_defer_async`",
+        "the client polls every 10 ms; bulk is `batch_defer_async`; calls of lost workers are retried by a periodic task, as "
+        "its documentation has users write one (only when things are killed)",
     ),
     Entry(
         "dask",
