@@ -22,6 +22,7 @@ from peers.client import Client, check, quantiles
 from peers.peer import Failed, Peer
 from peers.results import Results
 from peers.roster import ROSTER, contestants
+from peers.stage import Broken, stage
 
 KEPT = ROOT / "docs" / "benchmarks.json"
 RUN = {
@@ -192,6 +193,19 @@ def test_a_figure_that_is_not_there_is_refused() -> None:
     done = ask("--figures", "speed")
     assert done.returncode == 2
     assert f"no figure 'speed': there are {', '.join(figures.FIGURES)}" in done.stderr
+
+
+def test_a_stage_has_server_workers_and_client_and_leaves_nothing() -> None:
+    [raw] = contestants(["raw"], ["second"])
+    with stage(raw, Path(sys.prefix)) as at:
+        at.start_workers()
+        found = at.ask(do="rate", kind="noop", seconds=0.02)
+        assert found["rate"] > 0
+        assert at.cpu()["workers"] > 0
+        pids = [at.store.pid, at.client.pid, *(worker.pid for worker in at.workers)]
+        with pytest.raises(Broken, match="failing of"):
+            at.ask(do="rate", kind="failing", seconds=0.02)  # it runs no code, so nothing fails, and that is noticed
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.load

@@ -62,7 +62,7 @@ class Client:
         return {"rate": count / taken, "count": count}
 
     async def rate(self, kind: str, seconds: float) -> dict[str, Any]:
-        """Calls a second from the first submission to the last result, all submitted in bulk and every result checked.
+        """Calls a second from the first submission to the last result, many under way, every result checked.
 
         How many fill the time is found out by running some, ever more; the last run counts.
         """
@@ -78,7 +78,7 @@ class Client:
     async def _burst(self, kind: str, count: int) -> float:
         values = [argument(kind, number) for number in itertools.islice(self.numbers, count)]
         began = time.perf_counter()
-        outcomes = await self.peer.results(await self.peer.submit_many(kind, values), PATIENCE)
+        outcomes = await self.peer.run_many(kind, values, PATIENCE)
         taken = time.perf_counter() - began
         check(kind, values, outcomes)
         return taken

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgpack
 from raw_limit import RawClient, connect
 
 from peers.peer import URL, Peer
@@ -24,7 +24,7 @@ class Client(Peer):
     async def submit(self, kind: str, value: Any) -> Any:
         key = f"r{next(self.raw.numbers)}"
         answer = self.raw.expect(key)
-        await self.raw.js.publish(f"calls.{key}", json.dumps([kind, value]).encode())
+        await self.raw.js.publish(f"calls.app.fn.me.{key}", msgpack.packb(([value], {})))
         return answer
 
     async def submit_many(self, kind: str, values: Sequence[Any]) -> list[Any]:
@@ -32,13 +32,13 @@ class Client(Peer):
         for value in values:
             key = f"r{next(self.raw.numbers)}"
             answers.append(self.raw.expect(key))
-            body = json.dumps([kind, value]).encode()
-            accepted.append(await self.raw.js.publish_async(f"calls.{key}", body))
+            body = msgpack.packb(([value], {}))
+            accepted.append(await self.raw.js.publish_async(f"calls.app.fn.me.{key}", body))
         await asyncio.gather(*accepted)
         return answers
 
     async def result(self, handle: Any, timeout: float) -> Any:
-        return json.loads(await asyncio.wait_for(handle, timeout))[1]
+        return msgpack.unpackb(await asyncio.wait_for(handle, timeout))
 
     async def results(self, handles: Sequence[Any], timeout: float) -> list[Any]:
-        return [json.loads(body)[1] for body in await asyncio.wait_for(asyncio.gather(*handles), timeout)]
+        return [msgpack.unpackb(body) for body in await asyncio.wait_for(asyncio.gather(*handles), timeout)]

@@ -95,8 +95,8 @@ def _section(results: Results, durability: str) -> list[str]:
     return [
         f"## Speed, {_WHEN[durability]}",
         (
-            "Calls that do nothing. Submissions are made with no worker there; end to end is from the first of a bulk "
-            "submission to the last result read; round trips are one at a time."
+            "Calls that do nothing. Submissions are made with no worker there; end to end is from the first submission "
+            "of many to the last result read; round trips are one at a time."
         ),
         _table(results, durability, names),
     ]

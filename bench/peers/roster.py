@@ -49,7 +49,8 @@ ROSTER = (
         "python -m mesh worker --quiet --containers {processes}",
         10,
         "`@mesh.concurrent(max_inputs=10)` on an async function, one `mesh worker --containers 2`; results kept for "
-        "seven days; a call is acknowledged when its result is stored",
+        "seven days; a call is acknowledged when its result is stored; bulk is `spawn_map`, end to end are 1,000 "
+        "`spawn` and `get` under way at a time",
         distribution="nats-mesh",
     ),
     Entry(
@@ -166,8 +167,8 @@ ROSTER = (
         "procrastinate --app peers.procrastinate.app worker --concurrency 10",
         10,
         "LISTEN/NOTIFY for workers; it keeps no results, so the function writes them into a table of its own, which "
-        "the client polls every 10 ms; bulk is `batch_defer_async`; calls of lost workers are retried by a periodic task, as "
-        "its documentation has users write one (only when things are killed)",
+        "the client polls every 10 ms; bulk is `batch_defer_async`; calls of lost workers are retried by a periodic "
+        "task, as its documentation has users write one (only when things are killed)",
     ),
     Entry(
         "dask",

@@ -49,7 +49,7 @@ class Stage:
         self.store.start()
         self.log = self._ending.enter_context((self.folder / "log").open("ab"))
         self.client = self._start(f"python -m peers.client {self.entry.name}", pipes=True)
-        self._ending.callback(self.client.wait)
+        self._ending.enter_context(self.client)  # waits for it, and closes its pipes
         self._ending.callback(self.client.kill)
         self.answer()
 
@@ -88,7 +88,9 @@ class Stage:
         """Start two worker processes, and wait until both have run calls."""
         self.commands = self.entry.workers(apart)
         self.workers = [self._start(command) for command in self.commands]
-        if not self.entry.pure and self.ask(do="ready", workers=2)["workers"] < 2:
+        if self.entry.pure:
+            self.ask(do="round_trips", seconds=0.0, most=20)
+        elif self.ask(do="ready", workers=2)["workers"] < 2:
             raise Gone(f"its two workers are not both there: {self.log_end()}")
 
     def kill_worker(self, number: int) -> None:
