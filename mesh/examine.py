@@ -92,7 +92,9 @@ class Examiner:
         stored = await self._settler.insist(lambda: self._broker.results.answers([held.key for held, _ in waiting]))
         for call in {held.call for held, _ in waiting if _is_cancelled(stored.get(held.key))}:
             await self._settler.insist(functools.partial(self._ends.suspect, call))
-        elsewhere = await self._held_elsewhere([held for held, _ in waiting if held.key not in stored])
+        unfinished = [held for held, _ in waiting if held.key not in stored]
+        elsewhere = await self._held_elsewhere(unfinished)
+        await self._settler.recall(unfinished)
         for held, then in waiting:
             self._background.spawn(self._conclude(held, then, stored.get(held.key), held.key in elsewhere))
 
@@ -112,7 +114,6 @@ class Examiner:
             await self._settler.finish_other(held.lease, result)
             then(held, Finding.ENDED)
             return
-        await self._settler.recall(held)
         then(held, Finding.ELSEWHERE if elsewhere else Finding.RUN)
 
     async def close(self) -> None:

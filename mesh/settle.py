@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -182,11 +182,13 @@ class Settler:
             attempt = Attempt(ending=ending, worker=worker, at=time.time())
             await self.insist(functools.partial(self._broker.attempts.add, held.key, delivery, attempt))
 
-    async def recall(self, held: Held) -> None:
-        """Read what is known of earlier deliveries."""
-        held.log = await self.insist(lambda: self._broker.attempts.get(held.key))
-        held.number = held.log.number(held.lease.delivery)
-        held.marked = held.number == 1 and not held.generates  # the first delivery leaves no mark
+    async def recall(self, inputs: Collection[Held]) -> None:
+        """Read what is known of earlier deliveries of these."""
+        logs = await self.insist(lambda: self._broker.attempts.get_many([held.key for held in inputs]))
+        for held in inputs:
+            held.log = logs.get(held.key) or AttemptLog()
+            held.number = held.log.number(held.lease.delivery)
+            held.marked = held.number == 1 and not held.generates  # the first delivery leaves no mark
 
     async def insist(self, action: Callable[[], Awaitable[T]]) -> T:
         """Do it, again and again while the store is full or away. Leases are renewed elsewhere meanwhile."""

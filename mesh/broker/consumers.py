@@ -66,12 +66,17 @@ class Consumers:
         return info
 
     async def queue_sizes(self) -> tuple[int, int]:
-        """Inputs in the queue, and inputs that consumers know of: waiting, running or delayed."""
+        """Inputs in the queue, and inputs that consumers know of: waiting, running or delayed. These are counted before
+        and after those, and the larger number counts, since inputs come and go meanwhile."""
+        before = await self._known()
         info = await self._connection.api(f"STREAM.INFO.{self._topology.calls}")
+        return int(info["state"]["messages"]), max(before, await self._known())
+
+    async def _known(self) -> int:
         known = 0
         async for consumer in self.infos():
             known += consumer["num_pending"] + consumer["num_ack_pending"]
-        return int(info["state"]["messages"]), known
+        return known
 
     async def delivered(self) -> set[str]:
         """The filters of all consumers: what nobody delivers is in none of them."""
