@@ -113,6 +113,8 @@ def explained(error: Exception) -> tuple[int, str]:
             return 422, str(error)
         case mesh.exception.OutputExpiredError() | mesh.exception.NotFoundError():
             return 404, "The text of this file is no longer kept. Send it again."
+        case mesh.exception.RequestSizeError():
+            return 413, "This file, or what it becomes as pictures, is larger than the mesh carries."
         case mesh.exception.FunctionTimeoutError():
             return 500, "Reading it took too long. A smaller picture may work."
     return 500, f"Reading it failed on the worker: {error}"
@@ -152,7 +154,10 @@ def web():
                 raise HTTPException(413, f"This file is larger than {LARGEST_FILE // 1_000_000} MB.")
         if not content:
             raise HTTPException(422, "This file is empty.")
-        call = await read_document.spawn.aio(bytes(content))
+        try:
+            call = await read_document.spawn.aio(bytes(content))
+        except mesh.exception.Error as error:
+            raise HTTPException(*explained(error)) from None
         print(f"{name or 'a file'} is {call.object_id}")
         return {"call_id": call.object_id}
 
