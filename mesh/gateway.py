@@ -178,6 +178,15 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _log_as_mesh_does(access_log: bool) -> None:
+    """Requests, and what uvicorn finds wrong, go where the mesh's own lines go."""
+    for name, level in (("uvicorn.access", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        if access_log or level > logging.INFO:
+            theirs = logging.getLogger(name)
+            theirs.handlers, theirs.propagate = logging.getLogger("mesh").handlers, False
+            theirs.setLevel(level)
+
+
 async def serve(
     broker: Broker,
     listening: socket.socket,
@@ -202,6 +211,7 @@ async def serve(
         server_header=False,
         timeout_graceful_shutdown=int(grace),
     )
+    _log_as_mesh_does(access_log)
     server, background = _Server(config), Background()
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     announced = await broker.web.announce(name, url)

@@ -226,6 +226,12 @@ def test_a_handle_knows_where_its_function_is(site: tuple[Mesh, str]) -> None:
             method()
 
 
+def test_requests_are_logged(site: tuple[Mesh, str], pages: httpx.Client) -> None:
+    pages.get("/about?logged=1")
+    logs = list(site[0].directory.glob("gateway-*.log"))
+    until(lambda: any('"GET /site/pages/about?logged=1 HTTP/1.1" 201' in log.read_text() for log in logs))
+
+
 def test_requests_share_a_container(pages: httpx.Client) -> None:
     pids: list[str] = []
     threads = [threading.Thread(target=lambda: pids.append(pages.get("/together").text)) for _ in range(5)]
