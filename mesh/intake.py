@@ -80,7 +80,7 @@ class Intake:
     async def _refuse(self, held: Held) -> None:
         """An input of a call that was cancelled as a whole, which has ended with that."""
         try:
-            await self._worker.settler.insist(held.lease.ack)
+            await self._worker.settler.drop(held)
         finally:
             self._worker.release(held)
             self._pool.feed()

@@ -266,9 +266,10 @@ class Pool:
         self._feeding = False
         if self.is_awake:
             self._worker.awake[self.key] = self
-        if self.closed or self._worker.draining or self._worker.settler.trouble:
+        settler = self._worker.settler
+        if self.closed or self._worker.draining or settler.trouble or settler.is_busy:
             self.share.tidy()
-            return  # where the store takes nothing, what is held stays held, and nothing begins
+            return  # where the store takes nothing, or too slowly, what is held stays held, and nothing begins
         self._assign()
         serving = self.serving
         self._scale()

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from mesh.exception import ConflictError, NotFoundError, ServiceError
 from mesh.processes import end_with_parent
+from mesh.topology import WRITES_ALWAYS
 
 DEFAULT_PORT = 4222
 _START_LIMIT = 60.0  # seconds; a store with thousands of consumers takes a while to come back
@@ -156,6 +157,8 @@ def _config(store: Path, host: str, port: int, sync: str, credentials: Credentia
         "logfile_size_limit: 10MB",
         "logfile_max_num: 2",
     ]
+    if sync == "always":
+        lines.append(f'server_tags: ["{WRITES_ALWAYS}"]')
     if jetstream:
         lines.append(f'jetstream {{ store_dir: "{store}", sync_interval: {sync}, max_file_store: {_room(store)} }}')
     if credentials:

@@ -8,10 +8,11 @@ before it is handed back. Where the store is full or away, the lease is kept and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Generator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ logger = logging.getLogger("mesh.worker")
 T = TypeVar("T")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between tries to reach the store
+_SETTLING = 2_000  # inputs being settled at once
 _VALUELESS_TTL = 3600.0  # seconds a success is kept whose value nobody wants
 
 
@@ -102,16 +104,23 @@ class Settler:
 
     Attributes:
         trouble: what the store said when it last took nothing; empty while it takes everything.
-        on_trouble: called with each error of a store that is full or away. on_back: called when it takes everything.
+        on_trouble: called with each error of a store that is full or away. on_back: called when it takes everything
+            again, or is no longer busy.
     """
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._giving_up = asyncio.Event()
+        self._settling = 0
         self._refused = 0  # actions that were refused, and are tried again and again
         self.trouble = ""
         self.on_trouble: Callable[[Exception], None] = lambda error: None
         self.on_back: Callable[[], None] = lambda: None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether so much is being settled that nothing more is to begin: the store is slower than what runs here."""
+        return self._settling >= _SETTLING
 
     def give_up(self) -> None:
         """Stop trying where the store does not answer: the leases lapse, and others take over."""
@@ -119,13 +128,32 @@ class Settler:
 
     async def settle(self, held: Held, execution: Execution, about: About) -> Final | Again:
         """Bring an input to where its execution leads."""
+        with self._one_more():
+            return await self._settle(held, execution, about)
+
+    async def drop(self, held: Held) -> None:
+        """Acknowledge an input that has ended as all inputs of its call have."""
+        with self._one_more():
+            await self.insist(lambda: self._broker.acks.send(held.lease))
+
+    @contextlib.contextmanager
+    def _one_more(self) -> Generator[None]:
+        self._settling += 1
+        try:
+            yield
+        finally:
+            was_busy, self._settling = self.is_busy, self._settling - 1
+            if was_busy and not self.is_busy:
+                self.on_back()
+
+    async def _settle(self, held: Held, execution: Execution, about: About) -> Final | Again:
         verdict = judge(execution, held.log, held.number, about)
         if held.cancelled and isinstance(verdict, Again):  # while its last try came to an end
             verdict = judge(cancelled(held.cancelled), held.log, held.number, about)
         match verdict:
             case Final(result, bury):
                 await self._store(held, result, bury)
-                await held.lease.ack()
+                await self._broker.acks.send(held.lease)
             case Again(attempt, delay):
                 await self.insist(lambda: self._broker.attempts.add(held.key, held.number, attempt))
                 await held.lease.nak(delay)
@@ -147,7 +175,7 @@ class Settler:
     async def finish_other(self, lease: Lease, stored: Result) -> None:
         """The input has a result already: see that nothing is missing beside it, and acknowledge it."""
         await self._bury_failure(lease, stored)
-        await lease.ack()
+        await self._broker.acks.send(lease)
 
     async def _bury_failure(self, lease: Lease, stored: Result) -> None:
         """Whoever stored a failure may have died before the dead letter, so whoever finds one makes sure of that."""
@@ -165,7 +193,7 @@ class Settler:
         subject = self._broker.topology.quarantine_subject(lease.subject)
         reason = _death_of(State.FAILED, str(lease.refusal))
         await self.insist(lambda: self._broker.dead.bury(subject, lease.headers, lease.body, reason))
-        await lease.ack()
+        await self._broker.acks.send(lease)
 
     async def mark_begun(self, held: Held, worker: str) -> None:
         """Write down that an input begins, so that it is known who was lost if nothing follows."""

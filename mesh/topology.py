@@ -16,6 +16,9 @@ from mesh.exception import InvalidError
 from mesh.protocol import END, Address, PoolKey, escape, is_call_id, method_of, unescape
 from mesh.spec import MAX_RESULT_AGE, check_environment, check_name
 
+WRITES_ALWAYS = (
+    "sync:always"  # tag of a server whose `sync_interval` is `always`; no client can read the setting itself
+)
 SCHEMA = 1  # of the topology; kept in `mesh_meta` under `schema`
 MIN_API_LEVEL = 4  # nats-server 2.14: work-queue details, atomic batches, republish as used here
 

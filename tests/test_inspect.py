@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import secrets
 import socket
@@ -19,7 +20,7 @@ from mesh.broker import Broker
 from mesh.broker.connection import Stored
 from mesh.config import Settings
 from mesh.exception import AuthError, PermissionDeniedError
-from mesh.protocol import new_call_id, new_client_token
+from mesh.protocol import Address, Input, new_call_id, new_client_token
 from mesh.server import NatsServer, find_nats_server
 from tests.documented import Facts, check
 from tests.support import ROOT, Mesh, new_mesh, until
@@ -208,6 +209,10 @@ def test_a_viewer_reads_everything_and_changes_nothing(
                 assert "production" in await broker.registry.heads()
                 with pytest.raises(PermissionDeniedError, match="does not allow it: permissions violation for publish"):
                     await broker.connection.store("mesh.call.production.inner._.x.0", b"", timeout=1)
+                address = Address("production", "inner", "_", new_call_id(broker.token))
+                many = [Input(address=dataclasses.replace(address, index=index), body=b"{}") for index in range(100)]
+                with pytest.raises(PermissionDeniedError, match="permissions violation for publish"):
+                    await broker.calls.submit_many(many)
                 with pytest.raises(PermissionDeniedError):
                     await broker.connection.api("CONSUMER.DELETE.MESH_CALLS.production+inner+_", timeout=1)
             finally:

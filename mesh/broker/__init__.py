@@ -13,6 +13,7 @@ from nats.aio.subscription import Subscription
 
 from mesh.background import Background
 from mesh.broker import room, schema
+from mesh.broker.acks import Acks
 from mesh.broker.audit import Finding, audit
 from mesh.broker.autoscalers import Autoscalers
 from mesh.broker.calls import Calls
@@ -69,6 +70,7 @@ class Broker:
         self.calls = Calls(connection, topology, settings.submit_timeout)
         self.results = Results(connection, topology, self.token)
         self.several = Several(connection, topology)
+        self.acks = Acks(connection)
         self.cancels = Cancels(connection, topology)
         self.flows = Flows(connection, topology)
         self.web = Web(connection, topology)

@@ -43,7 +43,7 @@ class Bucket:
 
     async def put(self, key: str, body: bytes, *, ttl: float | None = None) -> int:
         """Write, whatever stands there. Returns the entry's sequence."""
-        return int((await self._connection.store(self.subject(key), body, _headers(None, ttl)))["seq"])
+        return int((await self._connection.store(self.subject(key), body, condition(None, ttl)))["seq"])
 
     async def write(
         self,
@@ -58,7 +58,7 @@ class Bucket:
         """Write if the key's newest sequence is `last` (0: there is none). Returns the new one; `None` if it is not."""
         try:
             ack = await self._connection.store(
-                self.subject(key), body, {**(headers or {}), **_headers(last, ttl)}, timeout=timeout
+                self.subject(key), body, {**(headers or {}), **condition(last, ttl)}, timeout=timeout
             )
         except StoreError as error:
             if error.code == WRONG_LAST_SEQUENCE:
@@ -87,7 +87,8 @@ class Bucket:
         await self._connection.api(f"STREAM.PURGE.{self.stream}", {"filter": self.subject(filter)})
 
 
-def _headers(last: int | None, ttl: float | None) -> Headers:
+def condition(last: int | None, ttl: float | None) -> Headers:
+    """Headers of a write that is made only where the key's newest sequence is `last`, and that is kept for `ttl`."""
     headers: Headers = {}
     if last is not None:
         headers["Nats-Expected-Last-Subject-Sequence"] = str(last)

@@ -25,6 +25,7 @@ from mesh import exception
 from mesh.background import Background
 from mesh.broker.lines import Incoming, Line, encode_headers
 from mesh.config import Settings
+from mesh.topology import WRITES_ALWAYS
 
 logger = logging.getLogger("mesh.broker")
 
@@ -132,7 +133,11 @@ class _Events:
 
 
 class Connection:
-    """A connection to one mesh's server. Belongs to the event loop that opened it."""
+    """A connection to one mesh's server. Belongs to the event loop that opened it.
+
+    Attributes:
+        writes_always: the server says that it writes to disk before it confirms anything.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -191,6 +196,15 @@ class Connection:
         await self._client.listen(f"{self._inbox}.*", self._on_answer)
         self._background.spawn(self._end_overdue())
         self._up.set()
+        self._background.spawn(self._ask_when_it_writes())
+
+    async def _ask_when_it_writes(self) -> None:
+        """Learn how to publish fast here; either way is right on every server."""
+        try:
+            answer = json.loads((await self.request("$SYS.REQ.USER.INFO")).data)
+            self.writes_always = WRITES_ALWAYS in (answer["server"].get("tags") or ())
+        except (Unanswered, NoResponders, exception.Error, ValueError, KeyError):
+            self.writes_always = False
 
     def _connect_error(self, error: Exception) -> exception.Error:
         reasons = " · ".join(dict.fromkeys(str(e) or type(e).__name__ for e in [*self._errors, error]))
@@ -280,6 +294,7 @@ class Connection:
     async def _on_reconnected(self) -> None:
         self._errors.clear()
         self._up.set()
+        self._background.spawn(self._ask_when_it_writes())
         for tell in self.events.reconnected:
             tell()
 

@@ -89,11 +89,6 @@ class Lease:
         self.renewed = time.monotonic()
         await self.connection.publish(self.reply, b"+WPI")
 
-    async def ack(self) -> None:
-        """Done: the message leaves the queue. Harmless after the lease was lost, because the result decides; which is
-        stored, so nobody waits for this."""
-        self.connection.send(self.reply, b"+ACK", in_no_hurry=True)
-
     async def nak(self, delay: float = 0.0) -> None:
         """Deliver it again, to anybody, after `delay` seconds. Without a delay that is at once."""
         body = b"-NAK" if delay <= 0 else b"-NAK " + json.dumps({"delay": int(delay * 1e9)}).encode()

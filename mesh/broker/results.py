@@ -10,9 +10,17 @@ from dataclasses import dataclass, field
 from nats.aio.subscription import Subscription
 
 from mesh.background import Background
-from mesh.broker.bucket import Bucket
-from mesh.broker.connection import Connection, NoResponders, Stored, StoreError, Unanswered
-from mesh.broker.lines import Incoming
+from mesh.broker.bucket import Bucket, condition
+from mesh.broker.connection import (
+    WRONG_LAST_SEQUENCE,
+    Connection,
+    NoResponders,
+    Stored,
+    StoreError,
+    Unanswered,
+)
+from mesh.broker.lines import Incoming, encode_headers
+from mesh.broker.publishing import Publisher
 from mesh.exception import Error
 from mesh.protocol import END, Result, end_key, token_of
 from mesh.topology import Topology
@@ -76,6 +84,7 @@ class Results:
         self._token = token
         self._own = topology.done_filter(token)
         self._bucket = Bucket(connection, topology, "results")
+        self._publisher = Publisher(connection)
         self._waiting: dict[str, list[Waiter]] = {}
         self._subjects: dict[str, _Subject] = {}
         self._background = Background()
@@ -94,7 +103,14 @@ class Results:
         Raises:
             StoreError, Unanswered, NoResponders: it is not known to be stored; try again, and keep the lease.
         """
-        return await self._bucket.write(key, result.body, last=0, ttl=ttl, headers=result.headers()) is not None
+        headers = encode_headers({**result.headers(), **condition(0, ttl)})
+        try:
+            await self._publisher.store(self._bucket.subject(key), result.body, headers)
+        except StoreError as error:
+            if error.code == WRONG_LAST_SEQUENCE:
+                return False
+            raise
+        return True
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -72,6 +73,20 @@ def test_what_is_confirmed_is_on_the_disk(
             assert moments(trace, stream, key) == order
 
 
+def test_a_group_commit_is_on_the_disk_before_any_of_it_is_confirmed(
+    own_server: Callable[..., NatsServer], tmp_path: Path
+) -> None:
+    server = own_server(sync="always")
+    with new_mesh(server, tmp_path) as mesh:
+        stream = mesh.ask(streams)[1]
+        trace = tmp_path / "trace"
+        with traced(server, trace):
+            call = mesh.ask(finish_many)
+        alone, batch = ["synced", "confirmed"], ["written", "synced", "confirmed"]
+        for number in (1, 50, 99):
+            assert moments(trace, stream, f"{call}.{number}\\") == alone + batch
+
+
 async def streams(broker: Broker) -> tuple[str, str]:
     return broker.topology.calls, broker.topology.bucket_stream("results")
 
@@ -87,6 +102,13 @@ async def finish(broker: Broker) -> str:
     """Store a result."""
     call = new_call_id(broker.token)
     assert await broker.results.create(f"{call}.0", Result(state=State.SUCCEEDED, body=b"1"))
+    return call
+
+
+async def finish_many(broker: Broker) -> str:
+    """Store a hundred results at once: the first goes alone, the others in a group commit."""
+    call, result = new_call_id(broker.token), Result(state=State.SUCCEEDED, body=b"1")
+    assert all(await asyncio.gather(*(broker.results.create(f"{call}.{number}", result) for number in range(100))))
     return call
 
 
