@@ -588,3 +588,11 @@ def test_a_call_of_several_inputs_is_shown_as_one(own_mesh: Callable[..., Mesh])
     nothing_is_left(mesh, "map-shown")
     with pytest.raises(RemoteError):
         next(values)
+
+
+def test_a_cancel_after_everything_has_ended_changes_nothing(mesh: Mesh) -> None:
+    call = mesh.deploy(JOBS.format(name="map-ended")).double.spawn_map(range(3))
+    assert list(call.iter()) == [0, 2, 4]
+    call.cancel()
+    assert call.status().state == "succeeded"
+    assert list(call.iter()) == [0, 2, 4]

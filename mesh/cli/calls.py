@@ -83,8 +83,10 @@ def list_calls(
     ]  # fmt: skip
     columns = ("Call", "Function", "State", "Created", "Took", "Tries", "Worker", "Error or arguments")
     print_table(columns, rows, "no calls")
-    if cut:
-        say_error(f"only the newest {len(found)} are shown; --limit shows more", "note")
+    if len(found) == limit and cut:
+        say_error(f"only the newest {limit} are shown; --limit shows more", "note")
+    elif cut:
+        say_error("a call made in the midst of one of many inputs may be missing here; its id finds it", "note")
 
 
 def _facts(status: CallStatus) -> dict[str, Any]:
