@@ -80,7 +80,7 @@ class Ends:
             if record is None or not await self._broker.several.queued(record):
                 return
             if await self._broker.locks.claim(f"clear-{call}", self._worker, _CLAIM):
-                dropped = await self._broker.several.drop(record)
-                logger.info("%s was cancelled: %d inputs taken out of the queue", call, dropped)
+                while dropped := await self._broker.several.drop(record):  # until nothing more comes, either
+                    logger.info("%s was cancelled: %d inputs taken out of the queue", call, dropped)
             else:
                 await asyncio.sleep(_PAUSE)

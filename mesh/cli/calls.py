@@ -47,7 +47,7 @@ from mesh.status import CallStatus, Filter, find_call, recent, unfinished
 
 app = typer.Typer(help="See calls and their results, cancel them, make them anew.", no_args_is_help=True)
 
-_TOGETHER = 256  # calls that are cancelled at once
+_TOGETHER = 1024  # calls that are cancelled at once; most of the time each waits for workers that do not have it
 
 CallId = Annotated[str, typer.Argument(help="The call's id, fc-….", metavar="CALL")]
 
