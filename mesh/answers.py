@@ -6,14 +6,18 @@ of a batch, or with its part of the value, is that input's alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import mmap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from mesh import serialization
-from mesh.exception import InputCancellation, InvalidError, RequestSizeError
-from mesh.frames import Outcome, Start, Work
+from mesh.exception import InputCancellation, InvalidError
+from mesh.frames import Outcome, Start, Work, result_name
+from mesh.payload import Ceiling, Pieces
 from mesh.protocol import Failure, Format, State
 from mesh.usercode import is_ours
 
@@ -45,6 +49,8 @@ class Answers:
     def __init__(self, start: Start) -> None:
         self._function = start.function
         self._result_limit = start.result_limit
+        self._ceiling = Ceiling(start.payload_limit, start.payload_reason)
+        self._directory = Path(start.directory)
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -125,21 +131,43 @@ class Answers:
     def _outcome(self, work: Work, value: Any) -> Outcome:
         if not work.keep_result:
             return Outcome(work.seq, State.SUCCEEDED, Format.JSON, b"null")
-        format, body = serialization.encode(value)
-        if len(body) > self._result_limit:
-            raise RequestSizeError(
-                f"the result of {self._function!r} takes {len(body):,} bytes; the limit is "
-                f"{self._result_limit:,}: return a path or a key to where the data is"
-            )
-        return Outcome(work.seq, State.SUCCEEDED, format, body)
+        format, body = serialization.encode(value, apart=True)
+        if len(body) <= self._result_limit:
+            return Outcome(work.seq, State.SUCCEEDED, format, bytes(body))
+        self._ceiling.check(f"the result of {self._function!r} takes", len(body))
+        self._leave(work, body)
+        return Outcome(work.seq, State.SUCCEEDED, format, b"", large=True)
+
+    def _leave(self, work: Work, body: bytes | Pieces) -> None:
+        """Leave what is large in a file, where the worker takes it from."""
+        path = self._directory / result_name(work.seq)
+        try:
+            with path.open("wb") as file:
+                for part in body.parts if isinstance(body, Pieces) else [body]:
+                    file.write(part)
+        except BaseException:  # an interrupt, too
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
 
     def failed(self, work: Work, error: BaseException) -> Outcome:
         """The outcome of an input for which something was raised."""
         failure = serialization.pack_exception(error, is_ours)
         body = failure.encode()
-        if len(body) > self._result_limit:
-            body = _shortened(failure, self._result_limit).encode()
-        return Outcome(work.seq, State.FAILED, Format.MSGPACK, body)
+        if len(body) <= self._result_limit:
+            return Outcome(work.seq, State.FAILED, Format.MSGPACK, body)
+        short = _shortened(failure, self._result_limit).encode()
+        return Outcome(work.seq, State.FAILED, Format.MSGPACK, short, large=self._left_pickle(work, failure))
+
+    def _left_pickle(self, work: Work, failure: Failure) -> bool:
+        """Leave the pickle of a large exception in a file; false where that cannot be, and its text has to do."""
+        if not 0 < len(failure.pickle) <= self._ceiling.size:
+            return False
+        try:
+            self._leave(work, failure.pickle)
+        except OSError:
+            return False
+        return True
 
     @staticmethod
     def cancelled(work: Work) -> Outcome:
@@ -148,7 +176,13 @@ class Answers:
 
 
 def _arguments(work: Work) -> tuple[list[Any], dict[str, Any]]:
-    return serialization.decode_arguments(Format(work.format), work.body)
+    return serialization.decode_arguments(Format(work.format), _mapped(work.file) if work.file else work.body)
+
+
+def _mapped(file: str) -> memoryview:
+    """A file as memory of its own: what is written to it stays here, and what is only read is not copied."""
+    with Path(file).open("rb") as opened:
+        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 @functools.lru_cache
@@ -157,7 +191,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def _shortened(failure: Failure, limit: int) -> Failure:
-    """A failure whose parts are too large: text and traceback cut, without the exception itself."""
+    """A failure whose parts are too large: text and traceback cut, without the pickle of the exception."""
     room = limit // 8  # a character may take 4 bytes
     return Failure(
         type=failure.type,

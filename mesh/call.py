@@ -6,11 +6,13 @@ import contextlib
 import time
 import warnings
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from mesh import context, serialization
 from mesh._sync import both, both_generators, both_static
 from mesh.exception import (
+    DataLossError,
     DeserializationError,
     ExecutionError,
     NotFoundError,
@@ -19,6 +21,7 @@ from mesh.exception import (
     ServerWarning,
     UnimplementedError,
 )
+from mesh.payload import Blob, Buffer
 from mesh.protocol import (
     SEVERAL,
     Address,
@@ -105,7 +108,7 @@ class FunctionCall(Generic[R]):
                 result = await self._read_or_wait(broker, key, timeout, index)
         if result is None:
             raise NotReadyError(f"call {self._id} has no result yet")
-        return self._value(broker, result)
+        return await self._value(broker, result)
 
     def _key(self, index: int) -> str:
         if not is_call_id(self._id):
@@ -231,15 +234,40 @@ class FunctionCall(Generic[R]):
             if reason:
                 warnings.warn(f"call {self._id} waits: {reason}", ServerWarning, stacklevel=2)
 
-    def _value(self, broker: Broker, result: Result) -> R:
+    async def _value(self, broker: Broker, result: Result) -> R:
         """The value in a result, or the exception it stands for, raised."""
         if result.state is not State.SUCCEEDED:
-            raise serialization.unpack_exception(Failure.decode(result.body), unpickle=broker.settings.unpickle)
-        return cast(R, self._decoded(broker, "the result", result.format, result.body))
+            failure = Failure.decode(result.body)
+            if result.blob is not None and broker.settings.unpickle:
+                with contextlib.suppress(DataLossError):  # without it, its text has to do
+                    failure = replace(failure, pickle=bytes(await self._fetched(broker, result.blob)))
+            raise serialization.unpack_exception(failure, unpickle=broker.settings.unpickle)
+        body = result.body if result.blob is None else await self._fetched(broker, result.blob)
+        return cast(R, self._decoded(broker, "the result", result.format, body))
 
-    def _decoded(self, broker: Broker, what: str, format: Format, body: bytes) -> Any:
+    async def _fetched(self, broker: Broker, blob: Blob) -> memoryview:
+        """A large payload, in memory of its own: arrays stay where they were put, and give it back when they go.
+
+        Raises:
+            DataLossError: it is not there any more, or is not what was stored.
+        """
+        import mmap
+
+        from mesh.broker import translated
+
+        memory = mmap.mmap(-1, blob.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        async with translated(f"reading the result of {self._id}"):
+            try:
+                await broker.blobs.get(blob, memory.write)
+            except NotFoundError as error:
+                raise DataLossError(
+                    f"the result of call {self._id} is there, and its payload is not: {error}"
+                ) from None
+        return memoryview(memory)
+
+    def _decoded(self, broker: Broker, what: str, format: Format, body: Buffer) -> Any:
         """Something the function gave, as an object."""
-        if format is Format.PICKLE and not broker.settings.unpickle:
+        if format in (Format.PICKLE, Format.BUFFERS) and not broker.settings.unpickle:
             raise DeserializationError(f"{what} of {self._id} is a pickle, and MESH_UNPICKLE forbids reading those")
         try:
             return serialization.decode(format, body)

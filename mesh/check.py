@@ -89,7 +89,7 @@ async def _refusal(broker: Broker) -> str:
 
 
 def _problems(levels: Sequence[Level], workers: Sequence[WorkerRecord]) -> Iterator[str]:
-    yield from (f"{level}, so calls are refused: {level.advice}" for level in levels if level.is_full)
+    yield from (f"{level}, so {level.refuses} are refused: {level.advice}" for level in levels if level.is_full)
     yield from (worker.trouble for worker in workers if worker.trouble)
 
 

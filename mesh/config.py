@@ -147,6 +147,8 @@ class Settings:
     results_size: int = _setting(0, parse_size, "bytes reserved for results; 0: a quarter of what is free")
     logs_size: int = _setting(0, parse_size, "bytes reserved for logs; 0: a twentieth of what is free")
     dead_size: int = _setting(0, parse_size, "bytes reserved for dead letters; 0: a twentieth of what is free")
+    blobs_size: int = _setting(0, parse_size, "bytes reserved for large payloads; 0: a quarter of what is free")
+    payload_limit: int = _setting(1 << 30, parse_size, "bytes that arguments or a result may have; same everywhere")
     replicas: int = _setting(1, _count(1), "copies of every stream, on a cluster; used by init")
     sync: str = _setting(
         "always", _one_of("always", "1s", "2m"), "when `mesh up` writes to disk: `always` is before it confirms"

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -192,11 +192,11 @@ class Container:
             folder: where the directory is made that it works in; `None`: where the system has temporary files.
         """
         self._loop = asyncio.get_running_loop()
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=folder))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=folder))
         try:
-            begin = await asyncio.to_thread(image.furnish, self._scratch) if image else self._scratch
+            begin = await asyncio.to_thread(image.furnish, self.directory) if image else self.directory
         except BaseException:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            shutil.rmtree(self.directory, ignore_errors=True)
             raise
         self._memory = memory
         self.mask = Mask((secrets or {}).values())
@@ -226,7 +226,7 @@ class Container:
                 {**own, **(secrets or {})},
             )
         )
-        self._send(start)
+        self._send(replace(start, directory=str(self.directory)))
         self._was_told = True
         if self.stopping:
             self._say_stop()
@@ -591,7 +591,7 @@ class Container:
         self._marks.close()
         if self._transport is not None:
             self._transport.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class _Conversation(asyncio.Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mesh.broker import Broker, Stored
 from mesh.exception import ConflictError, InvalidError
+from mesh.payload import Blob
 from mesh.protocol import SHARED_POOL, Address, Input, is_call_id, new_call_id, parse_time
 from mesh.status import Filter
 
@@ -21,6 +22,7 @@ class Letter:
         number: its sequence in the stream. call, index, app, function: empty where it was no call at all.
         died: when, in seconds since 1970. requeued_as: the call it was last sent again as, if it was.
         preview: its arguments, where they are short and JSON. size: of its body, in bytes.
+        blob: the object that holds them, where they are large.
     """
 
     number: int
@@ -35,6 +37,7 @@ class Letter:
     requeued_as: str
     preview: str
     size: int
+    blob: str = ""
 
     @property
     def name(self) -> str:
@@ -75,6 +78,7 @@ async def find(broker: Broker, name: str) -> list[tuple[Letter, Stored]]:
 def _letter(broker: Broker, stored: Stored) -> Letter:
     app, function, call, index = broker.topology.parse_dead(stored.subject) or ("", "", "", 0)
     headers = stored.headers
+    blob = _blob(stored)
     return Letter(
         number=stored.sequence,
         subject=stored.subject,
@@ -87,8 +91,16 @@ def _letter(broker: Broker, stored: Stored) -> Letter:
         died=_died(stored),
         requeued_as=headers.get("Mesh-Requeued-As", ""),
         preview=headers.get("Mesh-Preview", ""),
-        size=len(stored.body),
+        size=blob.size if blob else len(stored.body),
+        blob=blob.name if blob else "",
     )
+
+
+def _blob(stored: Stored) -> Blob | None:
+    try:
+        return Blob.parse(stored.headers["Mesh-Blob"]) if "Mesh-Blob" in stored.headers else None
+    except InvalidError:
+        return None  # it may be why it failed
 
 
 def _died(stored: Stored) -> float:
@@ -106,6 +118,7 @@ async def requeue(broker: Broker, letter: Letter, stored: Stored, *, again: bool
 
     Raises:
         ConflictError: it was sent again before, and `again` does not say to do so. InvalidError: it cannot be.
+        NotFoundError, DataLossError: its large arguments are not stored any more, or are not what was.
     """
     if not letter.call:
         raise InvalidError(f"letter {letter.number} is no call, so it cannot be sent again: {letter.error}")
@@ -128,11 +141,22 @@ async def requeue(broker: Broker, letter: Letter, stored: Stored, *, again: bool
         resubmit=False,
         retry_of=letter.call,
     )
-    await broker.dead.mark(stored, fresh.address.call)
+    if original.blob is not None:  # each call has its own, which go with it
+        fresh = replace(fresh, blob=await broker.blobs.copy(original.blob, fresh.address.key))
+    try:
+        await broker.dead.mark(stored, fresh.address.call)
+    except ConflictError:
+        if fresh.blob is not None:
+            await broker.blobs.delete(fresh.blob.name)
+        raise
     await broker.calls.submit(fresh)
     return fresh.address.call
 
 
 async def purge(broker: Broker, letter: Letter) -> bool:
-    """Forget a letter; false if it was gone."""
-    return await broker.dead.delete(letter.number)
+    """Forget a letter, with its arguments; false if it was gone."""
+    if not await broker.dead.delete(letter.number):
+        return False
+    if letter.blob:
+        await broker.blobs.delete(letter.blob)
+    return True

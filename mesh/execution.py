@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from mesh.container import Exit
 from mesh.exception import InternalFailure, OutOfMemoryError
@@ -16,15 +17,15 @@ ABANDONED = "abandoned"  # its container is killed for another reason than this 
 HALF_WAY = "the generator ended half-way, and is not begun again, since some of its items may have been taken: {}"
 
 
-def of_outcome(assignment: Assignment, outcome: Outcome) -> Execution:
-    """What an outcome says, seen together with why the input was cancelled, if it was."""
+def of_outcome(assignment: Assignment, outcome: Outcome, file: Path | None = None) -> Execution:
+    """What an outcome says, seen together with why the input was cancelled, if it was. `file` holds what is large."""
     started = _started(assignment)
     if outcome.state == State.SUCCEEDED:
         kind, format = Kind.SUCCEEDED, Format(outcome.format)
-        return Execution(kind=kind, format=format, body=outcome.body, started=started)
+        return Execution(kind=kind, format=format, body=outcome.body, file=file, started=started)
     if outcome.state == State.CANCELLED:
         return of_stop(assignment)
-    return Execution(kind=Kind.FAILED, failure=Failure.decode(outcome.body), started=started)
+    return Execution(kind=Kind.FAILED, failure=Failure.decode(outcome.body), file=file, started=started)
 
 
 def of_stop(assignment: Assignment) -> Execution:

@@ -26,6 +26,11 @@ class BrokenFrameError(Exception):
     """The other side wrote something that is no frame."""
 
 
+def result_name(seq: int) -> str:
+    """The file in which a container leaves a large result. Hidden: what is beside it is the user's."""
+    return f".mesh-result-{seq}"
+
+
 # --- worker to zygote, and back: a datagram each ---------------------------------------------------------------------
 
 
@@ -96,10 +101,13 @@ class Start:
     code: dict[str, Any]
     construction: dict[str, Any]  # what the constructor of a class is called with
     bundle: str  # directory of the unpacked source, or empty
-    result_limit: int  # bytes a result may have
+    result_limit: int  # bytes a result may have in a frame; a larger one is left in a file
     max_inputs: int  # runs at once
     web: bool = False  # it answers requests
     image: str = ""  # its mark
+    directory: str = ""  # where it leaves large results
+    payload_limit: int = 0  # bytes that these may have
+    payload_reason: str = ""  # where that comes from
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,7 @@ class Work:
     method: str  # of a class; empty for a function
     generator: bool = False  # its items go out as chunks, and their count is its value
     batch: int = 0  # members of its batch still to come, itself included; 0 for an input that runs alone
+    file: str = ""  # that holds the body, where it is large
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +176,16 @@ class StartFailed:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an input came to: `succeeded`, `failed`, or `cancelled` (for a timeout, too: the worker knows which)."""
+    """What an input came to: `succeeded`, `failed`, or `cancelled` (for a timeout, too: the worker knows which).
+
+    `large`: its value, or the pickle of what it raised, is in the file `result_name` says.
+    """
 
     seq: int
     state: str
     format: str
     body: bytes
+    large: bool = False
 
 
 @dataclass(frozen=True, slots=True)

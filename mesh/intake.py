@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from mesh import execution
 from mesh.broker import Lease
 from mesh.examine import Finding
-from mesh.exception import InternalFailure, NotFoundError
+from mesh.exception import DataLossError, Error, InternalFailure, NotFoundError
 from mesh.judge import Execution, Kind, cancelled
+from mesh.payload import Blob
 from mesh.protocol import Failure, failure, method_of
 from mesh.settle import Held
 
@@ -120,8 +121,48 @@ class Intake:
         elif self._pool.turns_away(held):
             self._pool.settle(held, Execution(kind=Kind.NOT_STARTED, text=self._pool.start_error))
         else:
-            self.waiting.append(held)
+            self._wait(held)
         self._pool.feed()
+
+    def _wait(self, held: Held) -> None:
+        """It waits for a container; meanwhile its large arguments are brought here."""
+        self.waiting.append(held)
+        blob = held.lease.input.blob if held.lease.input is not None else None
+        if blob is not None and held.fetching is None:
+            held.away = True
+            held.fetching = self._worker.background.spawn(self._fetch(held, blob))
+
+    async def _fetch(self, held: Held, blob: Blob) -> None:
+        try:
+            held.arguments = await self._worker.payloads.fetch(blob)
+        except (NotFoundError, DataLossError) as error:
+            await self._without_arguments(held, error)
+        except OSError as error:
+            text = f"worker {self._worker.name} has no room for its arguments of {blob.size:,} bytes: {error}"
+            logger.warning("%s goes back: %s", held.key, text)
+            self._leave(held, Execution(kind=Kind.RETURNED, text=text, delay=self._worker.ack_wait))
+        else:
+            held.away = False
+            self._pool.feed()
+
+    async def _without_arguments(self, held: Held, error: Error) -> None:
+        """They go once there is a result: then another worker, which had lost its lease, has ended it meanwhile."""
+        result = await self._worker.settler.insist(lambda: self._worker.broker.results.get(held.key))
+        if result is None:
+            lost = failure(DataLossError, f"its arguments are lost: {error}")
+            self._leave(held, Execution(kind=Kind.REFUSED, failure=lost))
+        elif held in self.waiting:
+            self.waiting.remove(held)
+            await self._worker.settler.finish_other(held.lease, result)
+            self._worker.release(held)
+            self._pool.feed()
+
+    def _leave(self, held: Held, execution: Execution) -> None:
+        """End an input that waits here, unless that was done while it was looked after."""
+        if held in self.waiting:
+            self.waiting.remove(held)
+            self._pool.settle(held, execution)
+            self._pool.feed()
 
     def _why_impossible(self, held: Held) -> Failure | None:
         """Why nobody can run an input, by what is known here of what is deployed."""
@@ -150,7 +191,7 @@ class Intake:
 
     def next_run(self, most: float) -> list[Held] | None:
         """Take the inputs of the next run: one, or a batch, but `most` of them at most. `None` where a batch is not
-        full yet, and may still wait.
+        full yet, and may still wait, or where the arguments of all are on their way.
 
         Empty where that they begin is to be written down first.
         """
@@ -158,6 +199,8 @@ class Intake:
         if size is not None and len(self.waiting) < size and not self._waited():
             return None
         inputs = self._first_alike(int(min(size or 1, most)))
+        if not inputs:
+            return None
         unmarked = [held for held in inputs if not held.marked]
         self._take(unmarked or inputs)
         for held in unmarked:
@@ -174,11 +217,14 @@ class Intake:
         return left <= _TOO_EARLY
 
     def _first_alike(self, count: int) -> list[Held]:
-        """The first inputs, of one method."""
+        """The first inputs whose arguments are here, of one method."""
+        first = next((held for held in self.waiting if not held.away), None)
+        if first is None:
+            return []
         if count == 1:
-            return [self.waiting[0]]
-        method = _function(self.waiting[0])
-        alike = (held for held in self.waiting if _function(held) == method)
+            return [first]
+        method = _function(first)
+        alike = (held for held in self.waiting if not held.away and _function(held) == method)
         return list(itertools.islice(alike, count))
 
     def _take(self, inputs: list[Held]) -> None:

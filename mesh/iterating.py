@@ -35,13 +35,17 @@ async def outputs_of(call: FunctionCall[R], start: int, end: int | None) -> Asyn
         values: list[R] = []
         for result in results:
             try:
-                values.append(call._value(broker, result))
+                values.append(await call._value(broker, result))
             except Exception:
                 if values:
                     yield values
                 raise
-        yield values
-        at += len(values)
+            if result.blob is not None:  # the next may be as large
+                yield values
+                values = []
+        if values:
+            yield values
+        at += len(results)
 
 
 async def _some(call: FunctionCall[R], broker: Broker, first: int, end: int) -> list[Result]:

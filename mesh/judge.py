@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from mesh.exception import FunctionTimeoutError, InternalFailure, OutOfMemoryError, RemoteError, TimeoutError
 from mesh.protocol import Failure, Format, Result, State, failure
@@ -36,6 +37,7 @@ class Execution:
 
     Attributes:
         format, body: the value, where it succeeded. failure: what was raised, or why it was refused.
+        file: that holds what is too large for a message: the value instead of `body`, or the pickle of the failure.
         text: of what happened, for everything else. started: in seconds since 1970.
         delay: seconds until another try, where the worker decides that and not the function's `Retries`.
     """
@@ -44,6 +46,7 @@ class Execution:
     format: Format = Format.JSON
     body: bytes = b""
     failure: Failure | None = None
+    file: Path | None = None
     text: str = ""
     started: float = 0.0
     delay: float = 0.0
@@ -68,10 +71,14 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """The input ends with this result; `bury`: what failed for good keeps its arguments as a dead letter."""
+    """The input ends with this result; `bury`: what failed for good keeps its arguments as a dead letter.
+
+    `file` holds what is to be stored beside the result.
+    """
 
     result: Result
     bury: bool
+    file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,7 @@ def judge(execution: Execution, log: AttemptLog, delivery: int, about: About) ->
     """What becomes of an input whose execution went so."""
     match execution.kind:
         case Kind.SUCCEEDED:
-            return Final(_result(State.SUCCEEDED, execution, log, delivery, about), bury=False)
+            return Final(_result(State.SUCCEEDED, execution, log, delivery, about), bury=False, file=execution.file)
         case Kind.FAILED:
             return _retry_or(State.FAILED, _of(execution), execution, log, delivery, about)
         case Kind.TIMED_OUT:
@@ -153,7 +160,7 @@ def _final(state: State, failed: Failure, execution: Execution, log: AttemptLog,
         attempt=log.tries + 1,
         started=execution.started,
     )
-    return Final(result, bury=state in (State.FAILED, State.TIMED_OUT))
+    return Final(result, state in (State.FAILED, State.TIMED_OUT), execution.file)
 
 
 def _result(state: State, execution: Execution, log: AttemptLog, delivery: int, about: About) -> Result:

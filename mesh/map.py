@@ -165,7 +165,7 @@ class _Running(Generic[R]):
 
     async def _heed(self) -> NoReturn:
         """End all of it when somebody cancels the call, also while nothing of it is under way."""
-        self._call(0)._value(self._broker, await until_cancelled(self._broker, self._id))
+        await self._call(0)._value(self._broker, await until_cancelled(self._broker, self._id))
         raise AssertionError("a cancelled call has no value")
 
     async def _run(self, input: Input) -> None:
@@ -185,7 +185,7 @@ class _Running(Generic[R]):
             waiter.close()
         self._accepted -= 1
         self._unsettled -= 1
-        output = self._output(index, result)
+        output = await self._output(index, result)
         self._outputs[index if self._wanted.ordered else self._came] = output
         self._came += 1
         self._news.set()
@@ -214,11 +214,11 @@ class _Running(Generic[R]):
             if found is not None:
                 return found
 
-    def _output(self, index: int, result: Result) -> Any:
+    async def _output(self, index: int, result: Result) -> Any:
         """What an input came to. That it was cancelled ends all of them, also where exceptions are outputs: a call is
         cancelled as a whole, with the inputs that nobody has seen yet."""
         try:
-            return self._call(index)._value(self._broker, result)
+            return await self._call(index)._value(self._broker, result)
         except Exception as error:
             if self._wanted.return_exceptions and result.state is not State.CANCELLED:
                 return error

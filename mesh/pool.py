@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mesh import execution, placement, report
 from mesh.broker.leases import BUSY, IDLE
 from mesh.container import Container, Exit
-from mesh.exception import Error, FunctionTimeoutError, InvalidError
+from mesh.exception import Error, FunctionTimeoutError, InternalFailure, InvalidError
 from mesh.frames import Outcome, Start, Work
 from mesh.imagespec import ImageSpec
 from mesh.intake import Intake
@@ -346,6 +346,7 @@ class Pool:
             keep_result=input.keep_result,
             method=method_of(input.address.function),
             generator=input.generates,
+            file=str(held.arguments or ""),
             batch=batch,
         )
 
@@ -446,6 +447,7 @@ class Pool:
     async def _start(self, container: Container, record: FunctionRecord, spec: FunctionSpec) -> None:
         try:
             code, bundle = await self._worker.code.prepare(record)
+            ceiling = self._worker.ceiling
             start = Start(
                 app=self.key.app,
                 function=self.key.function,
@@ -457,6 +459,8 @@ class Pool:
                 code=code.to_json(),
                 bundle=str(bundle) if bundle else "",
                 result_limit=self._worker.broker.connection.inline_limit - _RESULT_HEADERS,
+                payload_limit=ceiling.size,
+                payload_reason=ceiling.reason,
                 max_inputs=container.max_inputs,
                 web=bool(spec.webs),
                 image=spec.image.mark if spec.image else "",
@@ -551,11 +555,22 @@ class Pool:
 
     def on_outcome(self, container: Container, assignment: Assignment, outcome: Outcome) -> None:
         self.scaling.autoscaler.ran(time.monotonic() - assignment.began)
-        self.settle(assignment.owner, container.mask.execution(execution.of_outcome(assignment, outcome)))
+        self.settle(assignment.owner, container.mask.execution(self._execution(container, assignment, outcome)))
         self.scaling.on_outcome(container)
         if not container.load:
             self._worker.capacity.on_idle(self, container)
         self.feed()
+
+    def _execution(self, container: Container, assignment: Assignment, outcome: Outcome) -> Execution:
+        """What an outcome says. A large result is taken from the container."""
+        try:
+            file = self._worker.payloads.claim(container.directory, outcome.seq) if outcome.large else None
+        except OSError as error:
+            lost = failure(
+                InternalFailure, f"its result was written to a file of its container, which is gone: {error}"
+            )
+            return Execution(kind=Kind.FAILED, failure=lost)
+        return execution.of_outcome(assignment, outcome, file)
 
     def on_timeout(self, container: Container, run: Run) -> None:
         container.interrupt(run, execution.TIMEOUT)
@@ -601,6 +616,8 @@ class Pool:
             verdict = await self._worker.settler.settle(held, execution, held.about or self._about(held))
         finally:
             self._worker.release(held)
+            if held.fetching is not None or execution.file is not None:
+                self._worker.payloads.drop(held, execution.file)
         report.ended(held, verdict)
 
 

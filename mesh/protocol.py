@@ -21,6 +21,7 @@ from typing import Any
 import msgpack
 
 from mesh.exception import InvalidError, VersionError
+from mesh.payload import Blob, Pieces
 from mesh.spec import qualified_name
 
 SHARED_POOL = "_"  # the pool of calls without class parameters or options of their own
@@ -60,6 +61,7 @@ class Format(StrEnum):
     JSON = "json"
     MSGPACK = "msgpack"
     PICKLE = "pickle"
+    BUFFERS = "buffers"  # a pickle, and beside it the large buffers that it refers to
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def _format_second(seconds: int) -> str:
 def parse_time(text: str) -> float:
     """The inverse of `format_time`; also takes other zones and precisions, as a person may write them."""
     if len(text) == 24 and text[19] == "." and text[23] == "Z" and text[20:23].isdecimal():  # our own, many a second
-        return _parse_second(text[:19]) + int(text[20:23]) / 1000
+        return (1000 * _parse_second(text[:19]) + int(text[20:23])) / 1000  # the sum of both would not be exact
     return _parse_moment(text)
 
 
@@ -227,6 +229,11 @@ def _format(headers: Mapping[str, str]) -> Format:
         return Format(text)
     except ValueError:
         raise InvalidError(f"Mesh-Format must be one of {', '.join(Format)}, not {text!r}") from None
+
+
+def _blob(headers: Mapping[str, str]) -> Blob | None:
+    text = headers.get("Mesh-Blob")
+    return None if text is None else Blob.parse(text)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -291,7 +298,8 @@ class Input:
         resubmit: the publish is a repetition, so the call may have ended already.
         retry_of: the call this one repeats.
         preview: the arguments for human eyes.
-        blob: the object that holds the body, where that is too large for a message.
+        blob: what holds the body, where that is too large for a message.
+        pieces: the body before it is submitted, where it has parts that are too large to be copied together.
     """
 
     address: Address
@@ -307,7 +315,8 @@ class Input:
     resubmit: bool = False
     retry_of: str = ""
     preview: str = ""
-    blob: str = ""
+    blob: Blob | None = None
+    pieces: Pieces | None = None
 
     def headers(self) -> dict[str, str]:
         headers = {"Mesh-Version": str(VERSION), "Mesh-Format": self.format.value, "Mesh-Kind": self.kind}
@@ -315,7 +324,7 @@ class Input:
             ("Mesh-Client", self.client),
             ("Mesh-Parent", self.parent),
             ("Mesh-Retry-Of", self.retry_of),
-            ("Mesh-Blob", self.blob),
+            ("Mesh-Blob", str(self.blob or "")),
         ):
             if text:
                 headers[name] = text
@@ -356,7 +365,7 @@ class Input:
             resubmit="Mesh-Resubmit" in headers,
             retry_of=headers.get("Mesh-Retry-Of", ""),
             preview=headers.get("Mesh-Preview", ""),
-            blob=headers.get("Mesh-Blob", ""),
+            blob=_blob(headers),
         )
 
     @property
@@ -456,6 +465,7 @@ class Result:
         app, function: what ran; one header, as the key of the function's record.
         error: the failure's summary. code: version of the function that ran. attempt: tries made, from 1.
         started, finished: of the last try, by the worker's clock; 0 where it never started.
+        blob: what holds the value where that is too large for a message; of a failure, its pickle.
     """
 
     state: State
@@ -469,7 +479,7 @@ class Result:
     attempt: int = 1
     started: float = 0.0
     finished: float = field(default_factory=time.time)
-    blob: str = ""
+    blob: Blob | None = None
 
     def headers(self) -> dict[str, str]:
         headers = {
@@ -485,7 +495,7 @@ class Result:
             ("Mesh-Function", f"{escape(self.app)}.{escape(self.function)}" if self.app else ""),
             ("Mesh-Code", self.code),
             ("Mesh-Worker", self.worker),
-            ("Mesh-Blob", self.blob),
+            ("Mesh-Blob", str(self.blob or "")),
         ):
             if text:
                 headers[name] = text
@@ -513,7 +523,7 @@ class Result:
             attempt=int(_number(headers, "Mesh-Attempt") or 1),
             started=_time(headers, "Mesh-Started") or 0.0,
             finished=_time(headers, "Mesh-Finished") or 0.0,
-            blob=headers.get("Mesh-Blob", ""),
+            blob=_blob(headers),
         )
 
     @classmethod

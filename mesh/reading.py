@@ -97,7 +97,7 @@ class _Reading:
             elif self._flow.error is not None:
                 raise type(self._flow.error)(self._so_far(str(self._flow.error)))
             elif self._result.done() and (self._flow.ended or self._overdue() <= 0):
-                return self._conclude(self._result.result())
+                return await self._conclude(self._result.result())
             else:
                 self._flow.news.clear()
                 with context.waiting_in_mesh():
@@ -117,13 +117,13 @@ class _Reading:
             self._taken += 1
         return batch
 
-    def _conclude(self, result: Result) -> list[Any]:
+    async def _conclude(self, result: Result) -> list[Any]:
         """The end, if it is one.
 
         Raises:
             Exception: the call failed, or not all of its items have come.
         """
-        count = self._call._value(self._broker, result)
+        count = await self._call._value(self._broker, result)
         if not self._flow.ended or count != self._taken or not self._items.whole:
             raise InternalFailure(self._so_far(f"the generator yielded {count}, the others are lost"))
         return []

@@ -23,7 +23,9 @@ from mesh.exception import (
     UnimplementedError,
 )
 from mesh.options import read_variant_options
+from mesh.payload import Pieces
 from mesh.protocol import (
+    SEVERAL,
     SHARED_POOL,
     Input,
     class_of,
@@ -163,8 +165,9 @@ class Function(Generic[P, R]):
 
         Raises:
             NotFoundError: there is no such function.
-            SerializationError: an argument cannot be pickled. RequestSizeError: they are too large.
-            ResourceExhaustedError: the queue is full; nothing was accepted.
+            SerializationError: an argument cannot be pickled.
+            RequestSizeError: the arguments are larger than the setting `payload_limit` allows (1 GiB).
+            ResourceExhaustedError: the queue, or the store of large arguments, is full; nothing was accepted.
             ConnectionError: no answer from the server; the call may have been accepted.
         """
         broker, target = await self._lookup()
@@ -199,7 +202,7 @@ class Function(Generic[P, R]):
                 raise
             finally:
                 waiter.close()
-        return call._value(broker, result)
+        return await call._value(broker, result)
 
     def local(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function in this process, as plain Python; an async one gives its coroutine.
@@ -239,10 +242,12 @@ class Function(Generic[P, R]):
         main = serialization.main_name()
         main_as = main if main is not None and main.partition(".")[0] in target.record.modules else None
         format, body = serialization.encode_arguments(args, kwargs, main_as)
+        pieces = body if isinstance(body, Pieces) and kind not in SEVERAL else None  # whose iterable may reuse it
         running = context.current.get()
         return Input(
             address=target.address(call or new_call_id(broker.token), index),
-            body=body,
+            body=bytes(body) if pieces is None else b"",
+            pieces=pieces,
             format=format,
             kind=kind,
             client=broker.client,

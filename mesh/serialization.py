@@ -1,8 +1,8 @@
 """User data to bytes and back. Only `sdk` and `executor` turn bytes into objects; everybody else passes them on.
 
 Three formats, the first that fits: JSON (what reads well with `nats kv get`), msgpack (the same plus bytes and whole
-numbers as keys), cloudpickle for the rest. The first two are used for exact types only, so that nothing comes back as
-something else: no subclasses, no tuples.
+numbers as keys), cloudpickle for the rest; large buffers, of arrays for example, lie beside the pickle (`buffers`). The
+first two are used for exact types only, so that nothing comes back as something else: no subclasses, no tuples.
 
 Exceptions travel by parts (class, arguments, attributes, cause and context) and are rebuilt without calling their
 `__init__`: an exception whose `__init__` takes other arguments than it passes on cannot be unpickled otherwise.
@@ -23,15 +23,16 @@ import pickle
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import cloudpickle  # type: ignore[import-untyped]
 import msgpack
 
-from mesh import exception
+from mesh import buffers, exception
 from mesh.exception import DeserializationError, ExecutionError, SerializationError
+from mesh.payload import Buffer, Pieces
 from mesh.protocol import PREVIEW_LIMIT, Failure, Format
 from mesh.spec import qualified_name
 
@@ -73,12 +74,18 @@ _MSGPACK_LEAVES = _JSON_LEAVES | {bytes}
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # `dumps` would make it anew each time
 
 
-def encode(value: object, main_as: str | None = None) -> tuple[Format, bytes]:
+@overload
+def encode(value: object, main_as: str | None = None) -> tuple[Format, bytes]: ...
+@overload
+def encode(value: object, main_as: str | None = None, *, apart: bool) -> tuple[Format, bytes | Pieces]: ...
+def encode(value: object, main_as: str | None = None, *, apart: bool = False) -> tuple[Format, bytes | Pieces]:
     """`value` in the first format that holds it exactly.
 
     Args:
         main_as: the name under which the other side can import what this process runs as `__main__`; `None` sends
             what is defined there by value.
+        apart: leave the large buffers of a pickle (those of arrays, for example) where they are, instead of copying
+            them; the value must not change as long as the body is used.
 
     Raises:
         SerializationError: it cannot be pickled; the text says which part of it.
@@ -93,20 +100,23 @@ def encode(value: object, main_as: str | None = None) -> tuple[Format, bytes]:
             return Format.MSGPACK, msgpack.packb(value)
         except (ValueError, OverflowError):  # surrogates, or a number of more than 64 bits
             pass
-    return Format.PICKLE, dumps(value, main_as)
+    return _dumps_apart(value, main_as) if apart else (Format.PICKLE, dumps(value, main_as))
 
 
-def decode(format: Format, body: bytes) -> Any:
-    """The value in `body`.
+def decode(format: Format, body: Buffer) -> Any:
+    """The value in `body`; its large buffers may be those of the body.
 
     Raises:
         DeserializationError: it is malformed, or what it is made of cannot be imported here.
     """
     try:
         if format is Format.JSON:
-            return json.loads(body)
+            return json.loads(str(body, "utf-8") if isinstance(body, memoryview) else body)
         if format is Format.MSGPACK:
             return msgpack.unpackb(body, strict_map_key=False)
+        if format is Format.BUFFERS:
+            pickled, *parts = buffers.find(body)
+            return loads(pickled, parts)
         return loads(body)
     except ModuleNotFoundError as error:
         raise DeserializationError(str(error)) from error
@@ -116,14 +126,15 @@ def decode(format: Format, body: bytes) -> Any:
 
 def encode_arguments(
     args: tuple[object, ...], kwargs: dict[str, object], main_as: str | None = None
-) -> tuple[Format, bytes]:
-    """Arguments as one body: ``{"args": […], "kwargs": {…}}``, in the first format that holds them all.
+) -> tuple[Format, bytes | Pieces]:
+    """Arguments as one body: ``{"args": […], "kwargs": {…}}``, in the first format that holds them all; see `encode`
+    with `apart`.
 
     Raises:
         SerializationError: one of them cannot be pickled; the text names it.
     """
     try:
-        return encode({"args": list(args), "kwargs": kwargs}, main_as)
+        return encode({"args": list(args), "kwargs": kwargs}, main_as, apart=True)
     except SerializationError:
         for name, value in [*((f"argument {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]:
             try:
@@ -133,7 +144,7 @@ def encode_arguments(
         raise
 
 
-def decode_arguments(format: Format, body: bytes) -> tuple[list[Any], dict[str, Any]]:
+def decode_arguments(format: Format, body: Buffer) -> tuple[list[Any], dict[str, Any]]:
     """The inverse of `encode_arguments`; either part may be missing in what a person wrote by hand.
 
     Raises:
@@ -147,12 +158,12 @@ def decode_arguments(format: Format, body: bytes) -> tuple[list[Any], dict[str, 
     return args, kwargs
 
 
-def preview(format: Format, body: bytes) -> str:
+def preview(format: Format, body: bytes | Pieces) -> str:
     """The start of long arguments, for human eyes; only of what is JSON, since only that is sure to be readable.
 
     Short ones need none: the message itself shows them.
     """
-    if format is not Format.JSON or len(body) <= PREVIEW_LIMIT:
+    if format is not Format.JSON or isinstance(body, Pieces) or len(body) <= PREVIEW_LIMIT:
         return ""
     return body[: 4 * PREVIEW_LIMIT].decode("utf-8", "replace")
 
@@ -195,8 +206,10 @@ def _named(module: str, qualname: str) -> Any:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
-    def __init__(self, file: io.BytesIO, main_as: str | None) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+    def __init__(
+        self, file: io.BytesIO, main_as: str | None, aside: Callable[[pickle.PickleBuffer], object] | None = None
+    ) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=aside)
         self._main_as = main_as
 
     def reducer_override(self, obj: Any) -> Any:
@@ -233,18 +246,40 @@ def dumps(value: object, main_as: str | None = None) -> bytes:
     Raises:
         SerializationError: it cannot be pickled; the text says which part of it.
     """
+    return _dumps(value, main_as, None)
+
+
+def _dumps_apart(value: object, main_as: str | None) -> tuple[Format, bytes | Pieces]:
+    """The same, with what is large beside it."""
+    apart: list[memoryview] = []
+
+    def aside(buffer: pickle.PickleBuffer) -> bool:
+        """Keep a large buffer out of the pickle; true has it copied into it."""
+        with memoryview(buffer) as view:
+            if view.nbytes < buffers.LARGE or not view.contiguous:
+                return True
+        apart.append(buffer.raw())
+        return False
+
+    pickled = _dumps(value, main_as, aside)
+    return (Format.BUFFERS, buffers.lay_out(pickled, apart)) if apart else (Format.PICKLE, pickled)
+
+
+def _dumps(value: object, main_as: str | None, aside: Callable[[pickle.PickleBuffer], object] | None) -> bytes:
     file = io.BytesIO()
     try:
-        _Pickler(file, main_as).dump(value)
+        _Pickler(file, main_as, aside).dump(value)
     except Exception as error:  # pickling runs anybody's code
         way, part = _culprit(value)
         raise SerializationError(f"{way}{_short(part)} cannot be pickled: {error}") from error
     return file.getvalue()
 
 
-def loads(data: bytes) -> Any:
-    """The object in a pickle. Runs whatever code the pickle asks for: only for data from one's own mesh."""
-    return _Unpickler(io.BytesIO(data)).load()
+def loads(data: Buffer, apart: Iterable[memoryview] = ()) -> Any:
+    """The object in a pickle, and the buffers beside it. Runs whatever code the pickle asks for: only for data from
+    one's own mesh."""
+    file = io.BytesIO(data) if isinstance(data, bytes) else buffers.Reader(data)
+    return _Unpickler(file, buffers=apart).load()
 
 
 def _pickles(value: object) -> bool:

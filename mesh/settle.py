@@ -13,12 +13,14 @@ import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
 from mesh.broker import Broker, Headers, Lease, NoResponders, Stored, StoreError, Unanswered
 from mesh.exception import PermissionDeniedError
 from mesh.judge import About, Again, Execution, Final, cancelled, judge
+from mesh.payload import Blob, InFile
 from mesh.protocol import SHARED_POOL, Address, Result, State, format_time
 from mesh.records import Attempt, AttemptLog, Ending
 
@@ -40,6 +42,8 @@ class Held:
         since: monotonic time at which it came. marked: that it begins is written down, where that is needed.
         about: by which version it is run, and under which options; set when it is given to a container.
         cancelled: why it was cancelled, if it was; then there is no other try.
+        away: its arguments are large, and not on this machine yet. arguments: the file that holds them, once they are.
+        fetching: what brings them.
     """
 
     lease: Lease
@@ -49,6 +53,9 @@ class Held:
     marked: bool = False
     about: About | None = None
     cancelled: str = ""
+    away: bool = False
+    arguments: Path | None = None
+    fetching: asyncio.Task[None] | None = None
 
     @property
     def generates(self) -> bool:
@@ -76,10 +83,12 @@ async def end_without_lease(broker: Broker, stored: Stored, address: Address, re
 
 async def clear_ended(broker: Broker, stored: Stored, address: Address, result: Result) -> None:
     """Take an input out of the queue that has ended, and that nobody delivers any more."""
-    if result.state in (State.FAILED, State.TIMED_OUT):  # whoever ended it may have died before its dead letter
+    if _is_buried(result):  # whoever ended it may have died before its dead letter
         death = _death(result, address)
         await broker.dead.bury(broker.topology.dead_subject(address), stored.headers, stored.body, death)
     await broker.calls.delete(stored.sequence)
+    if not _is_buried(result) and "Mesh-Blob" in stored.headers:
+        await broker.blobs.delete(stored.headers["Mesh-Blob"].partition(" ")[0])
 
 
 async def quarantine_stored(broker: Broker, stored: Stored, reason: str) -> None:
@@ -87,6 +96,11 @@ async def quarantine_stored(broker: Broker, stored: Stored, reason: str) -> None
     subject = broker.topology.quarantine_subject(stored.subject)
     await broker.dead.bury(subject, stored.headers, stored.body, _death_of(State.FAILED, reason))
     await broker.calls.delete(stored.sequence)
+
+
+def _is_buried(result: Result) -> bool:
+    """Whether the input of a result has a dead letter, which keeps its arguments."""
+    return result.state in (State.FAILED, State.TIMED_OUT)
 
 
 def _death(result: Result, address: Address) -> Headers:
@@ -151,35 +165,53 @@ class Settler:
         if held.cancelled and isinstance(verdict, Again):  # while its last try came to an end
             verdict = judge(cancelled(held.cancelled), held.log, held.number, about)
         match verdict:
-            case Final(result, bury):
-                await self._store(held, result, bury)
-                await self._broker.acks.send(held.lease)
+            case Final(result, bury, file):
+                if file is not None:
+                    result = replace(result, blob=await self._put_aside(held, file))
+                await self._end(held.lease, await self._store(held, result, bury))
             case Again(attempt, delay):
                 await self.insist(lambda: self._broker.attempts.add(held.key, held.number, attempt))
                 await held.lease.nak(delay)
         return verdict
 
-    async def _store(self, held: Held, result: Result, bury: bool) -> None:
+    async def _put_aside(self, held: Held, file: Path) -> Blob:
+        """Store what is too large for the result, before the result that names it."""
+        return await self.insist(lambda: self._broker.blobs.put(held.key, "out", InFile(file)))
+
+    async def _store(self, held: Held, result: Result, bury: bool) -> Result | None:
+        """Store the result, if there is none. Returns the one that is stored."""
         input = held.lease.input
         ttl = input.result_ttl if input else None
         if input and result.state is State.SUCCEEDED and not input.keep_result:
             ttl = min(ttl or _VALUELESS_TTL, _VALUELESS_TTL)
         created = await self.insist(lambda: self._broker.results.create(held.key, result, ttl))
-        if created and bury:
-            await self._bury(held.lease, result)
-        elif not created:
-            other = await self.insist(lambda: self._broker.results.get(held.key))
-            if other is not None:
-                await self._bury_failure(held.lease, other)
+        if created:
+            if bury:
+                await self._bury(held.lease, result)
+            return result
+        other = await self.insist(lambda: self._broker.results.get(held.key))
+        if other is not None:
+            await self._bury_failure(held.lease, other)
+        if result.blob is not None and (other is None or other.blob != result.blob):
+            await self._broker.blobs.delete(result.blob.name)
+        return other
 
     async def finish_other(self, lease: Lease, stored: Result) -> None:
         """The input has a result already: see that nothing is missing beside it, and acknowledge it."""
         await self._bury_failure(lease, stored)
+        await self._end(lease, stored)
+
+    async def _end(self, lease: Lease, stored: Result | None) -> None:
+        """Acknowledge an input that has its result. Its large arguments go, unless a dead letter names them; where it
+        is not known what is stored, they are left to the sweep."""
         await self._broker.acks.send(lease)
+        blob = lease.input.blob if lease.input is not None else None
+        if blob is not None and stored is not None and not _is_buried(stored):
+            await self._broker.blobs.delete(blob.name)
 
     async def _bury_failure(self, lease: Lease, stored: Result) -> None:
         """Whoever stored a failure may have died before the dead letter, so whoever finds one makes sure of that."""
-        if stored.state in (State.FAILED, State.TIMED_OUT):
+        if _is_buried(stored):
             await self._bury(lease, stored)
 
     async def _bury(self, lease: Lease, result: Result) -> None:

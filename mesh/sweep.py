@@ -5,15 +5,28 @@ Any worker may do any of it at any time, and several at once do no harm; a short
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mesh import deploy
 from mesh.broker import Broker, Stored
 from mesh.exception import NotFoundError
-from mesh.protocol import SHARED_POOL, Address, PoolKey, Result, State, call_time, class_of, failure, method_of
+from mesh.payload import parse_name
+from mesh.protocol import (
+    SHARED_POOL,
+    Address,
+    PoolKey,
+    Result,
+    State,
+    call_time,
+    class_of,
+    failure,
+    method_of,
+    parse_time,
+)
 from mesh.records import AppHead, AppState, FunctionRecord
 from mesh.settle import clear_ended, end_without_lease, quarantine_stored
 
@@ -21,6 +34,10 @@ logger = logging.getLogger("mesh.worker")
 
 ORPHAN_AGE = 60.0  # seconds a call may wait for a function that nobody deployed
 KEPT_UNUSED = 86_400.0  # seconds a pool of its own stays that nobody calls
+PAYLOADS_EVERY = 3600.0  # seconds between looks for payloads that nothing names
+# Seconds those stay: of arguments the call may just be being submitted, of a result the record is there if it ever is.
+KEPT_PAYLOADS = {"in": 86_400.0, "out": 3600.0}
+_TOGETHER = 16  # payloads looked into at once
 KEPT_REMOVED = 86_400.0  # seconds the record and consumer of a removed function stay, to fail what still arrives
 
 
@@ -41,6 +58,8 @@ class Sweeper:
         await self.orphans()
         await self.removed()
         await self.unused_pools()
+        if await self.broker.locks.claim("payloads", self.worker, 0.9 * PAYLOADS_EVERY):
+            await self.payloads()
 
     async def runs(self, runs: Sequence[AppHead]) -> None:
         """End apps of a single run whose client has gone, or died while it ended them."""
@@ -151,3 +170,35 @@ class Sweeper:
             if await self.broker.calls.in_pool(record.key, methods):  # one slipped in: as if nothing had been
                 await self.broker.pools.restore(record)
                 await self.broker.consumers.add({record.key: methods}, self.ack_wait)
+
+    async def payloads(self, kept: Mapping[str, float] = KEPT_PAYLOADS) -> int:
+        """Remove large payloads that nothing names any more: of results that were kept for their time, of calls whose
+        submitter died half-way, and what a worker that died left behind. Returns how many."""
+        now = await self.broker.workers.server_time(self.worker)
+        together = asyncio.Semaphore(_TOGETHER)
+
+        async def remove(name: str, call: str, index: int, way: str) -> bool:
+            async with together:
+                if await self._is_named(name, call, index, way):
+                    return False
+                changed = await self.broker.blobs.changed(name)
+                if not changed or now - parse_time(changed) < kept[way]:
+                    return False
+                await self.broker.blobs.delete(name)
+                return True
+
+        ours = [(name, parsed) for name in await self.broker.blobs.names() if (parsed := parse_name(name))]
+        removed = sum(await asyncio.gather(*(remove(name, *parsed) for name, parsed in ours)))
+        if removed:
+            logger.info("removed %d payloads that no call, result or dead letter names", removed)
+        return removed
+
+    async def _is_named(self, name: str, call: str, index: int, way: str) -> bool:
+        """Whether a payload is needed. Looks in the order in which a call moves, so that it cannot slip past."""
+        if await self.broker.calls.find(call, index) is not None:
+            return True
+        if way == "out":
+            result = await self.broker.results.get(f"{call}.{index}")
+            return result is not None and result.blob is not None and result.blob.name == name
+        letters = await self.broker.dead.of_call(call)
+        return any(letter.headers.get("Mesh-Blob", "").partition(" ")[0] == name for letter in letters)

@@ -34,7 +34,7 @@ class Limits:
     """What an environment's streams may grow to. `None` lets `init` choose from what the account has left.
 
     Attributes:
-        calls, results, logs, dead: bytes; the server reserves them when the stream is made.
+        calls, results, logs, dead, blobs: bytes; the server reserves them when the stream is made.
         max_age: seconds a result is kept. ack_wait: seconds after which an unrenewed lease goes to another worker.
         replicas: copies of everything, on a cluster.
     """
@@ -43,6 +43,7 @@ class Limits:
     results: int | None = None
     logs: int | None = None
     dead: int | None = None
+    blobs: int | None = None
     max_age: float = MAX_RESULT_AGE
     ack_wait: float = 15.0
     replicas: int = 1
@@ -79,6 +80,14 @@ class Topology:
     def key_subject(self, bucket: str, key: str) -> str:
         """The subject that a key of a KV bucket is."""
         return f"$KV.{self.bucket(bucket)}.{key}"
+
+    def objects_stream(self, name: str) -> str:
+        """The stream behind an object store."""
+        return f"OBJ_{self.bucket(name)}"
+
+    def object_subject(self, name: str, rest: str) -> str:
+        """A subject of an object store: `C.…` of chunks, `M.…` of what describes an object."""
+        return f"$O.{self.bucket(name)}.{rest}"
 
     @property
     def calls(self) -> str:
@@ -272,6 +281,7 @@ class Topology:
         """Every stream of the environment, the largest first: where space is short, it fails before anything stands."""
         yield self._calls(limits)
         yield self._results(limits)
+        yield self._objects("blobs", limits, limits.blobs)
         yield self._stream("DEAD", ["dead.>"], limits, limits.dead)
         yield self._stream("LOGS", ["log.*.*.*.*"], limits, limits.logs, max_age=int(3 * 86_400 * _SECOND))
         yield self._bucket("functions", limits, max_msgs_per_subject=20, **self._head_republish())
@@ -356,11 +366,10 @@ class Topology:
             config["duplicate_window"] = self._window(config["max_age"] / _SECOND)
         return config
 
-    def _objects(self, name: str, limits: Limits) -> Config:
-        bucket = self.bucket(name)
+    def _objects(self, name: str, limits: Limits, size: int | None = None) -> Config:
         return {
-            **self._base(f"OBJ_{bucket}", limits, None),
-            "subjects": [f"$O.{bucket}.C.>", f"$O.{bucket}.M.>"],
+            **self._base(self.objects_stream(name), limits, size),
+            "subjects": [self.object_subject(name, "C.>"), self.object_subject(name, "M.>")],
             "discard": "new",
             "allow_direct": True,
             "allow_rollup_hdrs": True,

@@ -39,6 +39,7 @@ from mesh.fleet import Fleet
 from mesh.labels import parse_labels
 from mesh.memory import MemoryWatch
 from mesh.nursery import Nursery
+from mesh.payloadfiles import PayloadFiles
 from mesh.placement import Offer, Size
 from mesh.pool import Pool
 from mesh.protocol import CancelRequest, PoolKey
@@ -158,6 +159,8 @@ class Worker:
         interval = self.settings.sweep_interval
         self.upkeep = Upkeep(self.broker, self.name, self.ack_wait, interval, self.on_consumer_made, self.background)
         self.settler.on_trouble, self.settler.on_back = self.upkeep.suspect, self._feed_all
+        self.payloads = PayloadFiles(self.broker, self.settler, self.scratch.path)
+        self.ceiling = await self.broker.blobs.ceiling()
         self.ends = Ends(self.broker, self.settler, self.name, self._held, self._stop_input, self.background)
         self.examiner = Examiner(self.broker, self.settler, self.ends, self.name)
         self.code = CodeCache(self.broker, self.settings.cache_dir)
@@ -295,6 +298,7 @@ class Worker:
                 container.kill(reason)
 
     async def _read_deployed(self) -> None:
+        self.ceiling = await self.broker.blobs.ceiling()
         await self.deployed.read()
         self._feed_all()  # whatever may have been missed ends here
 

@@ -29,7 +29,7 @@ from mesh.server import NatsServer
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"calls_size": "64M", "results_size": "64M", "logs_size": "16M", "dead_size": "16M"}
+SMALL = {"calls_size": "64M", "results_size": "64M", "logs_size": "16M", "dead_size": "16M", "blobs_size": "64M"}
 
 
 def until(condition: Callable[[], T], timeout: float = 20.0, what: str = "") -> T:

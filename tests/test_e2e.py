@@ -10,7 +10,7 @@ import pytest
 import mesh as modal
 from mesh import Function, FunctionCall
 from mesh.broker.registry import Registry
-from mesh.exception import ExecutionError, NotFoundError, NotReadyError, RequestSizeError, SerializationError
+from mesh.exception import ExecutionError, NotFoundError, NotReadyError, SerializationError
 from tests.support import Mesh
 
 JOBS = """
@@ -211,8 +211,6 @@ def test_what_cannot_be_sent(mesh: Mesh) -> None:
         module.give.spawn({"lock": threading.Lock()})
     with pytest.raises(SerializationError, match="cannot send plus"):
         module.double.spawn(1, plus=threading.Lock())
-    with pytest.raises(RequestSizeError, match="limit is"):
-        module.give.spawn("x" * (1 << 20))
 
 
 def test_an_app_that_is_not_on_the_mesh(mesh: Mesh) -> None:

@@ -43,10 +43,9 @@ from mesh.frames import (
     Work,
 )
 
-START = Start(
-    "shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, {"a": 1}, "/code/ab", 1 << 20, 4
-)
-WORK = Work(7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3)
+ABOUT = ("shop", "resize", "v1", "main", "w1", "w1/1", {"module": "shop", "name": "resize"}, {"a": 1}, "/code/ab")
+START = Start(*ABOUT, 1 << 20, 4, False, "ab12", "/tmp/ta", 1 << 30, "as set")
+WORK = Work(7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3, "/tmp/p")
 
 GOLDEN: list[tuple[Frame, list[Any]]] = [
     (
@@ -65,14 +64,20 @@ GOLDEN: list[tuple[Frame, list[Any]]] = [
             1 << 20,
             4,
             False,
-            "",
+            "ab12",
+            "/tmp/ta",
+            1 << 30,
+            "as set",
         ],
     ),
-    (WORK, [1, 7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3]),
+    (
+        WORK,
+        [1, 7, "fc-01JXYZ0123ABCDEFGHT0KEN123", 0, 2, "ValueError: no", "json", b"{}", True, "ask", False, 3, "/tmp/p"],
+    ),
     (Stop(), [2]),
     (Ready(), [3, ""]),
     (StartFailed(b"\x80", for_good=True), [4, b"\x80", True]),
-    (Outcome(7, "succeeded", "json", b"1"), [5, 7, "succeeded", "json", b"1"]),
+    (Outcome(7, "succeeded", "json", b"", large=True), [5, 7, "succeeded", "json", b"", True]),
     (Log(7, 2, "line\n"), [6, 7, 2, "line\n"]),
     (Waiting(4, True), [7, 4, True]),
     (Cancel(7, False), [8, 7, False]),

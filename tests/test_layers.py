@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top. A module imports what stands below it, or before it on its own level.
 LEVELS = [
-    "exception labels parameters secretref webspec imagespec spec decorators web",  # values, of users
+    "exception labels payload parameters secretref webspec imagespec spec decorators web",  # values, of users
     "config background processes scratch unbuilt",  # and of processes
-    "protocol variant flow frames records serialization bundle judge mask sealing",  # bytes, sent and stored
+    "protocol variant flow frames records buffers serialization bundle judge mask sealing",  # bytes, sent and stored
     "topology broker",  # JetStream: as data, and for real
     "_sync context client status stats vault",  # what callers and containers share
     "place hosts settle cancel behind dead",  # how calls end, and are sent again
@@ -28,7 +28,7 @@ LEVELS = [
     "memory machine placement programs pythons debian imagebuild envcache environments",  # what a worker has
     "runs pipes nursery container execution",  # containers, from outside
     "capacity autoscaler scaling codecache",  # how many, and what they run
-    "ends examine sweep upkeep watch check fleet slots request intake pool deployed",  # a worker, and `mesh check`
+    "ends examine sweep upkeep watch check fleet slots request payloadfiles intake pool deployed",  # a worker
     "source server places visit gateway worker up",  # daemons
     "cli __main__",
 ]

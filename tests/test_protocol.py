@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.exception import Error, FunctionTimeoutError, InvalidError, VersionError
+from mesh.payload import Blob
 from mesh.protocol import (
     Address,
     Failure,
@@ -49,7 +50,7 @@ FULL_INPUT = Input(
     resubmit=True,
     retry_of="fc-01JXYZ0123ABCDEFGHF1RST000",
     preview='{"args":[1],"kwargs":{}}',
-    blob="fc-01JXYZ0123ABCDEFGHT0KEN123.3.in",
+    blob=Blob("fc-01JXYZ0123ABCDEFGHT0KEN123.3.in.0a1b2c3d", 1048577, "ab" * 32),
 )
 FULL_INPUT_HEADERS = {
     "Mesh-Version": "1",
@@ -58,7 +59,7 @@ FULL_INPUT_HEADERS = {
     "Mesh-Client": "host/42",
     "Mesh-Parent": "fc-01JXYZ0123ABCDEFGHPARENT00.0",
     "Mesh-Retry-Of": "fc-01JXYZ0123ABCDEFGHF1RST000",
-    "Mesh-Blob": "fc-01JXYZ0123ABCDEFGHT0KEN123.3.in",
+    "Mesh-Blob": f"fc-01JXYZ0123ABCDEFGHT0KEN123.3.in.0a1b2c3d 1048577 sha-256={'ab' * 32}",
     "Mesh-Preview": '{"args":[1],"kwargs":{}}',
     "Mesh-Deadline": "2023-11-14T22:13:20.500Z",
     "Mesh-Result-TTL": "3600",
@@ -78,7 +79,7 @@ FULL_RESULT = Result(
     attempt=2,
     started=NOON,
     finished=NOON + 2,
-    blob="fc-01JXYZ0123ABCDEFGHT0KEN123.3.out",
+    blob=Blob("fc-01JXYZ0123ABCDEFGHT0KEN123.3.out.0a1b2c3d", 3, "cd" * 32),
 )
 FULL_RESULT_HEADERS = {
     "Mesh-Version": "1",
@@ -90,7 +91,7 @@ FULL_RESULT_HEADERS = {
     "Mesh-Function": "my=shop.Model=resize",
     "Mesh-Code": "0a1b2c",
     "Mesh-Worker": "w1",
-    "Mesh-Blob": "fc-01JXYZ0123ABCDEFGHT0KEN123.3.out",
+    "Mesh-Blob": f"fc-01JXYZ0123ABCDEFGHT0KEN123.3.out.0a1b2c3d 3 sha-256={'cd' * 32}",
     "Mesh-Error": "ValueError: no",
 }
 
@@ -182,7 +183,7 @@ def test_the_states_of_a_call_are_these(state: State, text: str, final: bool) ->
 
 
 def test_the_formats_are_these() -> None:
-    assert [format.value for format in Format] == ["json", "msgpack", "pickle"]
+    assert [format.value for format in Format] == ["json", "msgpack", "pickle", "buffers"]
 
 
 # --- golden: failures ------------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def test_a_preview_is_one_printable_line_of_120_characters(text: str) -> None:
         ({"Mesh-Version": ""}, "Mesh-Version must be a number, not ''"),
         ({"Mesh-Version": "²"}, "Mesh-Version must be a number, not '²'"),
         ({"Mesh-Version": "9" * 5000}, "Mesh-Version must be a number, not '9999"),
-        ({"Mesh-Format": "xml"}, "Mesh-Format must be one of json, msgpack, pickle, not 'xml'"),
+        ({"Mesh-Format": "xml"}, "Mesh-Format must be one of json, msgpack, pickle, buffers, not 'xml'"),
         ({"Mesh-Deadline": "tomorrow"}, "not an RFC 3339 time: 'tomorrow'"),
         ({"Mesh-Result-TTL": "1h"}, "Mesh-Result-TTL must be a number, not '1h'"),
         ({"Mesh-Result-TTL": "nan"}, "Mesh-Result-TTL must be a number, not 'nan'"),
@@ -367,6 +368,12 @@ def test_whatever_the_headers_hold_a_message_is_read_or_refused(headers: dict[st
 
 # --- round trips -----------------------------------------------------------------------------------------------------
 
+BLOBS = st.builds(
+    Blob,
+    name=st.from_regex(r"fc-[0-9A-Z]{26}\.[0-9]\.in\.[0-9a-f]{8}", fullmatch=True),
+    size=st.integers(0, 10**15),
+    digest=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
+)
 TOKENS = st.text("abcXYZ019-_./", max_size=20)
 TIMES = st.integers(1, 4_000_000_000_000).map(lambda milliseconds: milliseconds / 1000)
 NAMES = st.from_regex(r"[A-Za-z0-9._-]{1,64}", fullmatch=True)
@@ -385,7 +392,7 @@ INPUTS = st.builds(
     resubmit=st.booleans(),
     retry_of=TOKENS,
     preview=TOKENS,
-    blob=TOKENS,
+    blob=st.none() | BLOBS,
 )
 RESULTS = st.builds(
     Result,
@@ -400,7 +407,7 @@ RESULTS = st.builds(
     attempt=st.integers(1, 10**6),
     started=TIMES,
     finished=TIMES,
-    blob=TOKENS,
+    blob=st.none() | BLOBS,
 )
 
 

@@ -207,6 +207,7 @@ def config_of(name: str, **limits: Any) -> Config:
 STREAMS = [
     "MESH_CALLS",
     "KV_mesh_results",
+    "OBJ_mesh_blobs",
     "MESH_DEAD",
     "MESH_LOGS",
     "KV_mesh_functions",
@@ -323,6 +324,8 @@ def test_a_plain_bucket_and_an_object_store_are_configured_so() -> None:
     objects = {"name": "OBJ_mesh_code", "subjects": ["$O.mesh_code.C.>", "$O.mesh_code.M.>"]}
     assert config_of("KV_mesh_meta") == base | bucket
     assert config_of("OBJ_mesh_code") == base | objects
+    payloads = {"name": "OBJ_mesh_blobs", "subjects": ["$O.mesh_blobs.C.>", "$O.mesh_blobs.M.>"]}
+    assert config_of("OBJ_mesh_blobs", blobs=64 * MiB) == base | payloads | {"max_bytes": 64 * MiB}
 
 
 @pytest.mark.parametrize("name", ["workers", "slots", "apps", "clients"])
@@ -351,10 +354,10 @@ def test_everything_is_on_disk_and_read_directly() -> None:
 
 
 def test_sizes_and_copies_go_where_they_belong() -> None:
-    sizes = {"calls": 1, "results": 2, "dead": 3, "logs": 4}
+    sizes = {"calls": 1, "results": 2, "blobs": 3, "dead": 4, "logs": 5}
     configs = {config["name"]: config for config in MAIN.streams(Limits(**sizes, replicas=3))}
-    assert [configs[name]["max_bytes"] for name in STREAMS[:4]] == [1, 2, 3, 4]
-    assert {configs[name]["max_bytes"] for name in STREAMS[4:]} == {-1}
+    assert [configs[name]["max_bytes"] for name in STREAMS[:5]] == [1, 2, 3, 4, 5]
+    assert {configs[name]["max_bytes"] for name in STREAMS[5:]} == {-1}
     assert {config["num_replicas"] for config in configs.values()} == {3}
     assert MAIN.consumer_config(PoolKey("a", "f"), ack_wait=1, replicas=3)["num_replicas"] == 3
 

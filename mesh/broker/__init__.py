@@ -16,6 +16,7 @@ from mesh.broker import room, schema
 from mesh.broker.acks import Acks
 from mesh.broker.audit import Finding, audit
 from mesh.broker.autoscalers import Autoscalers
+from mesh.broker.blobs import Blobs
 from mesh.broker.calls import Calls
 from mesh.broker.cancels import Cancels
 from mesh.broker.connection import (
@@ -67,7 +68,8 @@ class Broker:
         self.client = f"{socket.gethostname()}/{os.getpid()}"
         self.background = Background()
         self.parting = Background()
-        self.calls = Calls(connection, topology, settings.submit_timeout)
+        self.blobs = Blobs(connection, topology, settings.payload_limit)
+        self.calls = Calls(connection, topology, self.blobs, settings.submit_timeout)
         self.results = Results(connection, topology, self.token)
         self.several = Several(connection, topology)
         self.acks = Acks(connection)
@@ -143,8 +145,8 @@ class Broker:
         return shared | {key for key in own if PoolKey(key.app, key.function) in shared}
 
     async def levels(self) -> list[room.Level]:
-        """How full the queue, the results and the account are."""
-        return await room.levels(self.connection, self.topology)
+        """How full the queue, the results, the account and the store of payloads are."""
+        return [*await room.levels(self.connection, self.topology), await self.blobs.level()]
 
     async def check(self) -> None:
         """See that the server is there, speaks JetStream, and is new enough."""

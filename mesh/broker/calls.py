@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, Collection, Iterable
 
+from mesh.broker.blobs import Blobs
 from mesh.broker.connection import Connection, Stored
 from mesh.broker.submitting import Submission, Submitter, Tell
 from mesh.exception import InvalidError, VersionError
@@ -16,10 +17,10 @@ _LISTED = 256  # messages in one read of a listing
 class Calls:
     """The stream of inputs, as clients see it."""
 
-    def __init__(self, connection: Connection, topology: Topology, submit_timeout: float) -> None:
+    def __init__(self, connection: Connection, topology: Topology, blobs: Blobs, submit_timeout: float) -> None:
         self._connection = connection
         self._topology = topology
-        self._submitter = Submitter(connection, topology, submit_timeout)
+        self._submitter = Submitter(connection, topology, blobs, submit_timeout)
 
     async def submit(self, input: Input) -> None:
         """Store one input; returns once the server has it.
@@ -29,7 +30,7 @@ class Calls:
 
         Raises:
             ResourceExhaustedError: the queue, the results or the account are 90 % full; nothing was stored.
-            RequestSizeError: it is too large for a message.
+            RequestSizeError: its arguments are larger than a payload may be.
             ConnectionError: no answer within `submit_timeout`; it may have been accepted.
         """
         await self._submitter.submit(input)

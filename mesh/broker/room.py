@@ -27,7 +27,7 @@ class Level:
 
     Attributes:
         name: the stream, or `account`. what: the same for people. used, size: bytes; size 0: no limit.
-        advice: what makes room, and the size to raise.
+        advice: what makes room, and the size to raise. refuses: what is refused where it is full.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Level:
     used: int
     size: int
     advice: str
+    refuses: str = "calls"
 
     @property
     def share(self) -> float:

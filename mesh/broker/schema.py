@@ -28,6 +28,7 @@ def limits_from(settings: Settings) -> Limits:
         results=settings.results_size or None,
         logs=settings.logs_size or None,
         dead=settings.dead_size or None,
+        blobs=settings.blobs_size or None,
         max_age=settings.max_age,
         ack_wait=settings.ack_wait,
         replicas=settings.replicas,
@@ -119,13 +120,15 @@ def _free_bytes(info: dict[str, Any]) -> int | None:
 
 
 def _shares(wanted: Limits, free: int) -> Limits:
-    """Sizes for what was left open: a quarter each for calls and results, a twentieth each for logs and dead."""
+    """Sizes for what was left open: a quarter each for calls, results and payloads, a twentieth each for logs and
+    dead."""
     return replace(
         wanted,
         calls=wanted.calls or free // 4,
         results=wanted.results or free // 4,
         logs=wanted.logs or free // 20,
         dead=wanted.dead or free // 20,
+        blobs=wanted.blobs or free // 4,
     )
 
 
@@ -144,9 +147,8 @@ async def _create(connection: Connection, config: Config, *, may_shrink: bool) -
 
 
 def _creation_error(config: Config, error: StoreError) -> Exception:
-    setting = {"CALLS": "calls_size", "DEAD": "dead_size", "LOGS": "logs_size"}.get(
-        config["name"].rpartition("_")[2], "results_size"
-    )
+    settings = {"CALLS": "calls_size", "DEAD": "dead_size", "LOGS": "logs_size", "blobs": "blobs_size"}
+    setting = settings.get(config["name"].rpartition("_")[2], "results_size")
     what = f"cannot create {config['name']} with {config['max_bytes']:,} bytes: {error}"
     if error.code == _NO_SPACE:
         return ResourceExhaustedError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from dataclasses import replace
 
+from mesh.broker.blobs import Blobs
 from mesh.broker.connection import (
     EXHAUSTED,
     WRONG_LAST_SEQUENCE,
@@ -22,12 +24,14 @@ from mesh.broker.lines import encode_headers
 from mesh.broker.publishing import Message, Publisher
 from mesh.broker.room import Room
 from mesh.exception import ConnectionError, Error, RequestSizeError
+from mesh.payload import Pieces
 from mesh.protocol import Input
 from mesh.topology import Topology
 
 _ONE_TRY = 5.0  # seconds one publish waits for its answer before it is repeated
 _ONE_OF_MANY = 15.0  # the same where thousands are before it: a slow disk answers so many in that time
 _PAUSE = 0.05  # seconds before a repetition
+_HEADERS = 4096  # bytes kept free of a message's limit for its headers
 _STRETCH = 64  # inputs submitted before anything else gets its turn
 
 Tell = Callable[[Input, Exception | None], None]
@@ -37,9 +41,10 @@ class Submitter:
     """Stores inputs. A publish without an answer is repeated, marked, because a restarted server forgets which ids it
     knew: the worker then looks for a result before it runs a marked input."""
 
-    def __init__(self, connection: Connection, topology: Topology, timeout: float) -> None:
+    def __init__(self, connection: Connection, topology: Topology, blobs: Blobs, timeout: float) -> None:
         self.connection = connection
         self.topology = topology
+        self.blobs = blobs
         self.timeout = timeout
         self.room = Room(connection, topology)
         self.publisher = Publisher(connection)
@@ -47,6 +52,8 @@ class Submitter:
     async def submit(self, input: Input) -> None:
         """Store one input; see `Calls.submit`."""
         await self.room.check(f"submitting {input.address.path}")
+        if self.is_large(input):
+            input = await self.put_aside(input)
         subject = self.topology.call_subject(input.address)
         until = time.monotonic() + self.timeout
         while True:
@@ -61,6 +68,39 @@ class Submitter:
                     raise await self.explained(input, error) from error
             input = replace(input, resubmit=True)
             await asyncio.sleep(_PAUSE)
+
+    def is_large(self, input: Input) -> bool:
+        """Whether its arguments are, or may be, too large for a message; then `put_aside` comes first."""
+        return input.pieces is not None or len(input.body) > self.connection.inline_limit - _HEADERS
+
+    async def put_aside(self, input: Input) -> Input:
+        """The input as it is submitted, with its arguments in the object store, or in one piece after all. A broken
+        connection makes their way there begin anew.
+
+        Raises:
+            RequestSizeError, ResourceExhaustedError: there is no room for them.
+            ConnectionError: it could not be done within the timeout.
+        """
+        source = input.pieces or Pieces([input.body])
+        if len(source) <= self.connection.inline_limit - _HEADERS:
+            return replace(input, body=bytes(source), pieces=None)
+        what = f"the arguments of this call to {input.address.path} take"
+        until = math.inf
+        async with translated(f"submitting {input.address.path}"):
+            await self.blobs.check(what, len(source))
+            while True:
+                try:
+                    blob = await self.blobs.put(input.address.key, "in", source)
+                    return replace(input, body=b"", pieces=None, blob=blob)
+                except StoreError as error:
+                    if error.code in EXHAUSTED:  # it filled up meanwhile
+                        await self.blobs.check(what, len(source))
+                    raise
+                except Unanswered:
+                    until = min(until, time.monotonic() + self.timeout)
+                    if time.monotonic() >= until:
+                        raise
+                await asyncio.sleep(_PAUSE)
 
     def headers(self, input: Input) -> bytes:
         """The headers of an input's message.
@@ -160,8 +200,20 @@ class Submission:
             async for input in read:
                 if not number % _STRETCH and not await self._may_go_on(input):
                     return
-                self._submit(input, time.monotonic() + self._submitter.timeout)
                 number += 1
+                if self._submitter.is_large(input):
+                    await self._submit_large(input)
+                else:
+                    self._submit(input, time.monotonic() + self._submitter.timeout)
+
+    async def _submit_large(self, input: Input) -> None:
+        """One at a time: what is read before it is stored would have to be kept."""
+        try:
+            aside = await self._submitter.put_aside(input)
+        except Error as error:
+            self._refuse(input, error)
+        else:
+            self._submit(aside, time.monotonic() + self._submitter.timeout)
 
     async def _may_go_on(self, input: Input) -> bool:
         """Wait until there is room for this input and some more."""

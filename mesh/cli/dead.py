@@ -111,9 +111,10 @@ def show(
 
 
 def _arguments(letter: Letter, stored: Stored) -> str:
-    if stored.headers.get("Mesh-Format", Format.JSON) == Format.JSON and len(stored.body) <= 4096:
+    if stored.headers.get("Mesh-Format", Format.JSON) == Format.JSON and 0 < len(stored.body) <= 4096:
         return stored.body.decode("utf-8", "replace")
-    return letter.preview or f"{letter.size:,} bytes ({stored.headers.get('Mesh-Format', 'json')})"
+    where = f", in the object {letter.blob}" if letter.blob else ""
+    return letter.preview or f"{letter.size:,} bytes ({stored.headers.get('Mesh-Format', 'json')}{where})"
 
 
 @app.command()
