@@ -170,6 +170,17 @@ def test_pages_are_read_side_by_side_and_files_too(page: Page) -> None:
     assert page.locator("article").count() == 3
 
 
+def test_a_photograph_is_read_too(page: Page) -> None:
+    from PIL import Image, ImageChops
+
+    paper = sheet("Seventeen pears", "and a plum").resize((4000, 1200))
+    photograph = ImageChops.multiply(paper, Image.effect_noise(paper.size, 40).point(lambda value: value + 90))
+    content = encoded("PNG", photograph)
+    assert 2_000_000 < len(content) < 10_000_000, "as large as those of telephones are"
+    page.set_input_files("#files", [file_of("photograph.png", content)])
+    assert "Seventeen pears" in card(page, "photograph.png", "done")
+
+
 def test_what_cannot_be_read_says_why(page: Page, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     with large.open("wb") as file:
