@@ -33,6 +33,7 @@ from mesh.settle import clear_ended, end_without_lease, quarantine_stored
 logger = logging.getLogger("mesh.worker")
 
 ORPHAN_AGE = 60.0  # seconds a call may wait for a function that nobody deployed
+RENEWED = 86_400.0  # seconds after which the record of a call is written anew whose inputs are still in the queue
 KEPT_UNUSED = 86_400.0  # seconds a pool of its own stays that nobody calls
 PAYLOADS_EVERY = 3600.0  # seconds between looks for payloads that nothing names
 # Seconds those stay: of arguments the call may just be being submitted, of a result the record is there if it ever is.
@@ -58,6 +59,8 @@ class Sweeper:
         await self.orphans()
         await self.removed()
         await self.unused_pools()
+        if await self.broker.locks.claim("records", self.worker, RENEWED):
+            await self.records()
         if await self.broker.locks.claim("payloads", self.worker, 0.9 * PAYLOADS_EVERY):
             await self.payloads()
 
@@ -134,6 +137,17 @@ class Sweeper:
         logger.warning("%s: %s", address.key, reason.text)
         result = Result.of_failure(State.FAILED, reason, app=address.app, function=address.function, worker=self.worker)
         await end_without_lease(self.broker, stored, address, result)
+
+    async def records(self) -> int:
+        """Write the records of calls of several inputs anew that still have some in the queue: they would be gone
+        before these. Of those kept for a shorter time, `broker.several` tells what an input does. Returns how many."""
+        renewed = 0
+        now = await self.broker.workers.server_time(self.worker)
+        async for record, stored in self.broker.several.old(RENEWED, now):
+            if record.result_ttl is None and await self.broker.several.queued(record):
+                await self.broker.several.renew(record, stored)
+                renewed += 1
+        return renewed
 
     async def removed(self) -> None:
         """Forget functions that were removed long ago and have nothing queued."""

@@ -184,6 +184,22 @@ async def test_what_nobody_waits_for_goes_with_the_next_message_or_soon_after(
     assert [data.split()[1] for data in writes if data.startswith(b"PUB")] == [b"first", b"third", b"fourth"]
 
 
+async def test_what_is_sent_as_the_connection_breaks_arrives_afterwards(server: NatsServer) -> None:
+    line = Line()
+    await line.connect(server.url, reconnect_time_wait=0.05)
+    taken: list[Incoming] = []
+    await line.listen("somewhere", taken.append)
+    await line.flush()
+    assert line._transport is not None
+    line._transport._io_writer.transport.abort()  # type: ignore[attr-defined]
+    line.send("somewhere", b"late")  # before nats-py has noticed
+    async with asyncio.timeout(20):
+        while not taken:
+            await asyncio.sleep(0.02)
+    assert [message.data for message in taken] == [b"late"]
+    await line.close()
+
+
 async def test_what_is_too_large_or_too_late_is_refused(line: Line) -> None:
     with pytest.raises(nats.errors.MaxPayloadError):
         line.send("nobody", bytes(line.max_payload + 1))

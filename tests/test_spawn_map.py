@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
-from mesh import Function, FunctionCall
+from mesh import Function, FunctionCall, sweep
 from mesh.broker import Broker
 from mesh.exception import InvalidError, NotFoundError, RemoteError
 from mesh.progress import line
@@ -343,6 +343,23 @@ def test_a_worker_that_joins_later_refuses_what_was_cancelled(own_mesh: Callable
     mesh.start_worker("--containers", "2")
     until(lambda: queued(mesh, "many-later") == 0)
     assert mesh.ledger().lines() == []
+
+
+def test_the_record_of_a_call_stays_while_inputs_are_queued(
+    own_mesh: Callable[..., Mesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = own_mesh()
+    call = many(mesh, "many-old").double.spawn_map(range(3))
+    monkeypatch.setattr(sweep, "RENEWED", 0.0)
+
+    def renewed() -> int:
+        return mesh.ask(lambda broker: sweep.Sweeper(broker, "test", 15, 60).records())
+
+    assert renewed() == 1
+    assert call.num_inputs() == 3
+    mesh.start_worker()
+    assert list(call.iter()) == [0, 2, 4]
+    until(lambda: renewed() == 0, what="nothing is queued any more")
 
 
 def test_what_ended_before_the_cancel_keeps_its_value(mesh: Mesh) -> None:

@@ -147,6 +147,9 @@ class Line(Client):
             self._later.cancel()
             self._later = None
         if self._status == Client.CONNECTED and self._pending and self._transport is not None:
+            writer = getattr(self._transport, "_io_writer", None)
+            if writer is not None and writer.is_closing():
+                return  # nats-py has not noticed yet; uvloop would raise
             pending, self._pending = self._pending, []
             self._pending_data_size = 0
             self._transport.write(b"".join(pending))
