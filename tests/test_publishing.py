@@ -121,14 +121,14 @@ def test_an_endless_iterator_is_read_as_there_is_room(own_mesh: Callable[..., Me
 def test_an_input_that_is_too_large_is_told_alone(own_mesh: Callable[..., Mesh]) -> None:
     async def submit(broker: Broker) -> None:
         call, told = new_call_id(broker.token), Told()
-        large = Input(address=Address("many", "f", "_", call, 99), body=bytes(1 << 20))
+        large = Input(address=Address("many", "f", "_", call, 99), body=bytes(2 << 20))
         assert await broker.calls.submit_many([*inputs(call, 10), large, *inputs(call, 10, 10)], told) == 20
         assert isinstance(told.of[99], RequestSizeError)
         assert await queued(broker, call) == set(range(20))
-        with pytest.raises(RequestSizeError, match=r"many\.f take 1,048,576 bytes"):
+        with pytest.raises(RequestSizeError, match=r"many\.f take 2,097,152 bytes"):
             await broker.calls.submit_many([large, *inputs(call, 10, 30)])
 
-    own_mesh().ask(submit)
+    own_mesh(payload_limit=1 << 20).ask(submit)
 
 
 def test_a_full_queue_ends_it_and_says_which_inputs_are_in(stored: Mesh) -> None:

@@ -208,7 +208,7 @@ def dead_letter(mesh: Mesh, call: str) -> Stored:
         filter = f"{broker.topology.root}.dead.*.*.{call}.0"
         return await broker.connection.get_range(broker.topology.dead, 1, 10, filter)
 
-    (letter,) = mesh.ask(read)
+    (letter,) = until(lambda: mesh.ask(read), what="its dead letter, which comes after its result")
     return letter
 
 
