@@ -49,7 +49,7 @@ class Bridge:
     def _start(self) -> None:
         loop = _new_loop()
         # A daemon: a program must be able to end while something waits here.
-        self._thread = threading.Thread(target=loop.run_forever, name="mesh", daemon=True)
+        self._thread = threading.Thread(target=_run, args=(loop,), name="mesh", daemon=True)
         self._thread.start()
         self._loop = loop
 
@@ -110,6 +110,16 @@ class Bridge:
             work.close()
             return
         concurrent.futures.wait([asyncio.run_coroutine_threadsafe(work, self._loop)], _CLOSING_LIMIT)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the loop for good. What exits in a task, such as an iterable of the user's, exits for who waits for that; a
+    loop would end with it, and leave everybody waiting."""
+    while True:
+        try:
+            return loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            continue
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

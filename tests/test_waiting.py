@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import pytest
+
+from mesh._sync import bridge
 from mesh.broker import Broker
 from mesh.protocol import Result, State, new_call_id
 from tests.support import Mesh
@@ -28,3 +31,16 @@ def test_a_result_that_comes_between_two_waits(own_mesh: Callable[..., Mesh]) ->
     found = own_mesh().ask(wait_twice)
     assert found is not None
     assert found.body == b"1"
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_what_exits_on_meshs_thread_exits_for_who_waits_and_no_more(kind: type[BaseException]) -> None:
+    async def leaves() -> None:
+        raise kind(3)
+
+    async def stays() -> str:
+        return "here"
+
+    with pytest.raises(kind):
+        bridge().run(leaves())
+    assert bridge().run(stays()) == "here"
