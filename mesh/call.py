@@ -188,28 +188,35 @@ class FunctionCall(Generic[R]):
         from mesh.broker import translated
 
         async with translated(f"looking for {self._id}"):
-            queued = await broker.calls.find(self._id, index, at=self._address)
-            if queued is not None and queued.headers.get("Mesh-Kind", "") not in SEVERAL:
-                return None
-            result = await broker.results.answer(self._key(index))
-            if result is None and queued is None:
-                await self._check_coming(broker, index)
+            there, result = await self._there(broker, index)
+            if not there and await self._was_submitted(broker, index):
+                there, result = await self._there(broker, index)  # it may have come, and ended, since the first look
+                if not there:
+                    raise await self._gone(broker)
             return result
 
-    async def _check_coming(self, broker: Broker, index: int) -> None:
-        """See that an input is still to be submitted, that is neither queued nor has ended.
+    async def _there(self, broker: Broker, index: int) -> tuple[bool, Result | None]:
+        """Whether the mesh has the input, queued or ended, and its result if there is one."""
+        queued = await broker.calls.find(self._id, index, at=self._address)
+        if queued is not None and queued.headers.get("Mesh-Kind", "") not in SEVERAL:
+            return True, None
+        result = await broker.results.answer(self._key(index))
+        return queued is not None or result is not None, result
+
+    async def _was_submitted(self, broker: Broker, index: int) -> bool:
+        """Whether an input was submitted that is neither queued nor has ended; false if that is still to come.
 
         Raises:
-            NotFoundError, OutputExpiredError: it is not.
+            NotFoundError, OutputExpiredError: neither, as far as anybody knows.
         """
         record = await broker.several.get(self._id)
         if record is None:
             raise await self._gone(broker) if index == 0 else NotFoundError(f"there is no input {index} of {self._id}")
         if record.count is None and await broker.several.is_being_submitted(record):
-            return
+            return False
         inputs = await broker.several.inputs_of(record)
         if index < inputs:
-            raise await self._gone(broker)
+            return True
         cut = "" if record.count is not None else ": who submitted it has gone half-way"
         raise NotFoundError(f"call {self._id} has {inputs:,} inputs, and none with the index {index:,}{cut}")
 

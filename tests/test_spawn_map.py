@@ -17,9 +17,10 @@ import pytest
 
 from mesh import Function, FunctionCall, sweep
 from mesh.broker import Broker
+from mesh.broker.several import Several
 from mesh.exception import InvalidError, NotFoundError, RemoteError
 from mesh.progress import line
-from mesh.protocol import State, token_of
+from mesh.protocol import Result, State, token_of
 from mesh.records import CallRecord
 from mesh.server import NatsServer
 from tests.support import Mesh, new_mesh, until
@@ -200,6 +201,38 @@ def test_others_read_what_is_still_being_submitted(mesh: Mesh) -> None:
     assert list(values) == [20], "then it ends, without waiting for more"
     submitting.join()
     assert call.num_inputs() == 11
+
+
+def test_an_input_that_comes_and_ends_between_two_looks_is_found(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = many(mesh, "many-between")
+    go = threading.Event()
+
+    def slowly() -> Iterator[int]:
+        yield 0
+        assert go.wait(60)
+        yield 1
+
+    submitting = threading.Thread(target=lambda: module.double.spawn_map(slowly()))
+    submitting.start()
+    (record,) = until(lambda: calls_of(mesh, "many-between"))
+    call = FunctionCall.from_id(record.call)
+    assert call.get(index=0) == 0
+    read = Several.get
+
+    async def late(several: Several, name: str) -> CallRecord | None:
+        """The record as it is when the input has come, and ended, after it was looked for."""
+        go.set()
+        await asyncio.to_thread(submitting.join)
+        await call.get.aio(index=1)
+        return await read(several, name)
+
+    async def look(broker: Broker) -> Result | None:
+        monkeypatch.setattr(Several, "get", lambda several, name: (monkeypatch.undo(), late(several, name))[1])
+        return await call._look(broker, 1)
+
+    found = mesh.ask(look)
+    assert found is not None
+    assert found.state == "succeeded"
 
 
 def test_a_submitter_killed_half_way_leaves_a_call_that_can_be_read_and_cancelled(
