@@ -28,7 +28,7 @@ async def cancel_call(broker: Broker, call: str, *, request: CancelRequest) -> S
 
     Of a call of several inputs one result is stored, its end, which answers for all inputs that have no other, those
     included that its caller submits meanwhile. From then on workers refuse them; who waits is told. When this returns,
-    nothing of it runs; what is in the queue, workers take out (`clearing`).
+    nothing of it runs; what is in the queue, workers take out (`ends`).
 
     Raises:
         ServiceError: as `cancel_input`.
@@ -39,12 +39,17 @@ async def cancel_call(broker: Broker, call: str, *, request: CancelRequest) -> S
     if await _has_ended(broker, record):
         return await _came_to(broker, record)
     await broker.several.note_inputs(record)
-    cancelled = _cancelled(request.reason, record.app, record.function)
-    await broker.results.create(end_key(call), cancelled, record.result_ttl)
+    await _store_end(broker, record, request.reason)
     await _until_nothing_runs(broker, call, request)
     if not await broker.workers.all():
         await broker.several.drop(record)
     return State.CANCELLED
+
+
+async def _store_end(broker: Broker, record: CallRecord, reason: str) -> None:
+    """The one result for all inputs of a call that have none."""
+    cancelled = _cancelled(reason, record.app, record.function)
+    await broker.results.create(end_key(record.call), cancelled, record.result_ttl)
 
 
 async def _has_ended(broker: Broker, record: CallRecord) -> bool:
@@ -156,8 +161,7 @@ def _of_several(broker: Broker, stored: Stored) -> Address | None:
 async def _end_several(broker: Broker, call: str, reason: str) -> None:
     record = await broker.several.find(call)
     if record is not None:
-        cancelled = _cancelled(reason, record.app, record.function)
-        await broker.results.create(end_key(call), cancelled, record.result_ttl)
+        await _store_end(broker, record, reason)
         await broker.several.drop(record)
 
 

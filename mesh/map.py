@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import warnings
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from mesh import context
 from mesh.behind import behind
 from mesh.cancel import cancel_call
-from mesh.exception import ClientClosed, ResourceExhaustedError, ServerWarning
+from mesh.exception import ClientClosed, ResourceExhaustedError
 from mesh.inputs import Source, Wanted, open_source
 from mesh.protocol import CancelRequest, Input, Result, State, new_call_id
-from mesh.submission import Recorder, until_cancelled
+from mesh.submission import Recorder, until_cancelled, wait_for_room
 
 if TYPE_CHECKING:
     from mesh.broker import Broker
@@ -34,7 +33,6 @@ _SUBMITTING = 256  # submissions under way at once
 _TAKEN = 100  # outputs taken at once; few beside LIMIT, so that work goes on while they are looked at
 _SILENCE = 3.0  # seconds without any output after which a caller is told that no worker is there
 _LOOK_AGAIN = 30.0  # seconds between looks whether an output can still come
-_FULL_PAUSE = 1.0  # seconds until a full queue is tried again
 
 
 async def outputs(function: Function[..., R], wanted: Wanted) -> AsyncGenerator[list[R], None]:
@@ -200,8 +198,7 @@ class _Running(Generic[R]):
             except ResourceExhaustedError as error:
                 if not self._accepted:
                     raise
-                warnings.warn(f"call {self._id} waits with further inputs: {error}", ServerWarning, stacklevel=2)
-                await asyncio.sleep(_FULL_PAUSE)
+                await wait_for_room(self._id, error)
 
     async def _wait(self, waiter: Waiter, index: int) -> Result:
         """The result, once it is pushed. Looks at times whether it can still come.

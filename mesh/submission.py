@@ -94,6 +94,12 @@ class Recorder:
             self._changed = True
 
 
+async def wait_for_room(call: str, error: ResourceExhaustedError) -> None:
+    """The queue is full, and others of the call are in it, whose end makes room: say so, and wait a moment."""
+    warnings.warn(f"call {call} waits with further inputs: {error}", ServerWarning, stacklevel=2)
+    await asyncio.sleep(_FULL_PAUSE)
+
+
 async def until_cancelled(broker: Broker, call: str) -> Result:
     """Wait until somebody cancels all of a call; returns its end."""
     waiter = await broker.results.expect(end_key(call))
@@ -174,8 +180,7 @@ class _Submission:
             except ResourceExhaustedError as error:
                 if not self.submitted:
                     raise
-                warnings.warn(f"call {self.call} waits with further inputs: {error}", ServerWarning, stacklevel=2)
-                await asyncio.sleep(_FULL_PAUSE)  # the end of others of ours makes room
+                await wait_for_room(self.call, error)
 
     def _tell(self, input: Input, error: Exception | None) -> None:
         """What came of an input."""

@@ -140,11 +140,11 @@ class Sweeper:
 
     async def records(self) -> int:
         """Write the records of calls of several inputs anew that still have some in the queue: they would be gone
-        before these. Of those kept for a shorter time, `broker.several` tells what an input does. Returns how many."""
+        before these. Where one that is kept for less than a day is gone, an input tells. Returns how many."""
         renewed = 0
         now = await self.broker.workers.server_time(self.worker)
         async for record, stored in self.broker.several.old(RENEWED, now):
-            if record.result_ttl is None and await self.broker.several.queued(record):
+            if await self.broker.several.queued(record):
                 await self.broker.several.renew(record, stored)
                 renewed += 1
         return renewed

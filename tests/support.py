@@ -240,6 +240,18 @@ class Mesh:
             timeout=60,
         )
 
+    def interrupt(self, source: str, begun: Callable[[], object]) -> None:
+        """Run a program, and press Ctrl-C once something has begun: it ends by that, with nothing else to say."""
+        script = self.write(source, folder="programs")
+        running = subprocess.Popen([sys.executable, str(script)], env=self.variables, stderr=subprocess.PIPE)
+        try:
+            until(begun, timeout=60, what="the program has begun")
+            running.send_signal(signal.SIGINT)
+            _, error = running.communicate(timeout=30)
+        finally:
+            running.kill()
+        assert error.rstrip().endswith(b"KeyboardInterrupt"), error.decode()
+
     def ledger(self, name: str = "ledger") -> Ledger:
         return Ledger(self.directory / name)
 

@@ -142,15 +142,21 @@ async def test_a_taker_has_each_message_in_order_and_one_that_raises_keeps_nothi
     assert not line.takers
 
 
-async def test_all_that_is_sent_in_one_turn_is_one_write(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def writes(line: Line, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What goes to the socket, write by write."""
     assert line._transport is not None
-    writes, write = list[bytes](), line._transport.write
+    written, write = list[bytes](), line._transport.write
 
-    def count(data: bytes) -> None:
-        writes.append(data)
+    def note(data: bytes) -> None:
+        written.append(data)
         write(data)
 
-    monkeypatch.setattr(line._transport, "write", count)
+    monkeypatch.setattr(line._transport, "write", note)
+    return written
+
+
+async def test_all_that_is_sent_in_one_turn_is_one_write(line: Line, writes: list[bytes]) -> None:
     for number in range(100):
         line.send("nobody", b"%d" % number)
     await asyncio.sleep(0)
@@ -158,17 +164,7 @@ async def test_all_that_is_sent_in_one_turn_is_one_write(line: Line, monkeypatch
     assert writes[0].count(b"PUB nobody") == 100
 
 
-async def test_what_nobody_waits_for_goes_with_the_next_message_or_soon_after(
-    line: Line, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert line._transport is not None
-    writes, write = list[bytes](), line._transport.write
-
-    def count(data: bytes) -> None:
-        writes.append(data)
-        write(data)
-
-    monkeypatch.setattr(line._transport, "write", count)
+async def test_what_nobody_waits_for_goes_with_the_next_message_or_soon_after(line: Line, writes: list[bytes]) -> None:
     line.send("first", in_no_hurry=True)
     await asyncio.sleep(0)
     assert not writes

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import signal
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -480,23 +478,15 @@ def test_leaving_the_async_face_early_cancels_what_is_left(mesh: Mesh, leave: st
 def test_ctrl_c_cancels_what_is_left(mesh: Mesh) -> None:
     jobs(mesh, "map-ctrl-c")
     path = mesh.ledger("map-ctrl-c").path
-    script = mesh.write(
+    mesh.interrupt(
         f"""
         import mesh
         f = mesh.Function.from_name("map-ctrl-c", "sleeps")
         for value in f.map([{str(path)!r}] * 300, range(300)):
             print(value)
         """,
-        folder="programs",
+        lambda: mesh.ledger("map-ctrl-c").count("begin ") > 1,
     )
-    caller = subprocess.Popen([sys.executable, str(script)], env=mesh.variables, stderr=subprocess.PIPE)
-    try:
-        until(lambda: mesh.ledger("map-ctrl-c").count("begin ") > 1, timeout=60)
-        caller.send_signal(signal.SIGINT)
-        _, error = caller.communicate(timeout=30)
-    finally:
-        caller.kill()
-    assert error.rstrip().endswith(b"KeyboardInterrupt"), error.decode()
     nothing_is_left(mesh, "map-ctrl-c")
 
 

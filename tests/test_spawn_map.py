@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import itertools
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -181,19 +180,24 @@ def test_an_iterable_that_fails_takes_back_what_was_submitted(mesh: Mesh) -> Non
 # --- being submitted -------------------------------------------------------------------------------------------------
 
 
-def test_others_read_what_is_still_being_submitted(mesh: Mesh) -> None:
-    module = many(mesh, "many-slow")
+def submitted_slowly(mesh: Mesh, app: str, first: int) -> tuple[FunctionCall[int], threading.Event, threading.Thread]:
+    """A call whose submitter, a thread, has given so many inputs, and gives one more, the last, after the event."""
+    module = many(mesh, app)
     go = threading.Event()
 
     def slowly() -> Iterator[int]:
-        yield from range(10)
+        yield from range(first)
         assert go.wait(60)
-        yield 10
+        yield first
 
     submitting = threading.Thread(target=lambda: module.double.spawn_map(slowly()))
     submitting.start()
-    (record,) = until(lambda: calls_of(mesh, "many-slow"))
-    call = FunctionCall.from_id(record.call)
+    (record,) = until(lambda: calls_of(mesh, app))
+    return FunctionCall.from_id(record.call), go, submitting
+
+
+def test_others_read_what_is_still_being_submitted(mesh: Mesh) -> None:
+    call, go, submitting = submitted_slowly(mesh, "many-slow", 10)
     values = iter(call.iter())
     assert [next(values) for _ in range(10)] == list(range(0, 20, 2))
     assert call.status().submitting
@@ -204,18 +208,7 @@ def test_others_read_what_is_still_being_submitted(mesh: Mesh) -> None:
 
 
 def test_an_input_that_comes_and_ends_between_two_looks_is_found(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = many(mesh, "many-between")
-    go = threading.Event()
-
-    def slowly() -> Iterator[int]:
-        yield 0
-        assert go.wait(60)
-        yield 1
-
-    submitting = threading.Thread(target=lambda: module.double.spawn_map(slowly()))
-    submitting.start()
-    (record,) = until(lambda: calls_of(mesh, "many-between"))
-    call = FunctionCall.from_id(record.call)
+    call, go, submitting = submitted_slowly(mesh, "many-between", 1)
     assert call.get(index=0) == 0
     read = Several.get
 
@@ -301,7 +294,7 @@ def test_who_waits_for_more_than_was_submitted_is_told(own_mesh: Callable[..., M
 def test_ctrl_c_while_submitting_cancels_what_was(mesh: Mesh) -> None:
     many(mesh, "many-ctrl-c")
     path = mesh.ledger("many-ctrl-c").path
-    script = mesh.write(
+    mesh.interrupt(
         f"""
         import itertools, mesh
         f = mesh.Function.from_name("many-ctrl-c", "waits")
@@ -310,16 +303,8 @@ def test_ctrl_c_while_submitting_cancels_what_was(mesh: Mesh) -> None:
             import time; time.sleep(300)
         f.spawn_map(slowly(), itertools.count())
         """,
-        folder="programs",
+        lambda: mesh.ledger("many-ctrl-c").count("begin ") > 1,
     )
-    submitter = subprocess.Popen([sys.executable, str(script)], env=mesh.variables, stderr=subprocess.PIPE)
-    try:
-        until(lambda: mesh.ledger("many-ctrl-c").count("begin ") > 1, timeout=60)
-        submitter.send_signal(signal.SIGINT)
-        _, error = submitter.communicate(timeout=30)
-    finally:
-        submitter.kill()
-    assert error.rstrip().endswith(b"KeyboardInterrupt"), error.decode()
     until(lambda: queued(mesh, "many-ctrl-c") == 0)
 
 

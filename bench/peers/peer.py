@@ -63,6 +63,19 @@ class Peer(ABC):
             return failed
 
 
+class TogetherPeer(Peer):
+    """One that reads many results at once: `results` is its own, and one result is the least of many."""
+
+    async def result(self, handle: Any, timeout: float) -> Any:
+        [found] = await self.results([handle], timeout)
+        if isinstance(found, Failed):
+            raise found
+        return found
+
+    @abstractmethod
+    async def results(self, handles: Sequence[Any], timeout: float) -> list[Any]: ...
+
+
 async def gather(make: Callable[[Any], Awaitable[Any]], values: Sequence[Any], at_once: int = 20) -> list[Any]:
     """One coroutine for each value, some at a time: connection pools have a connection for each."""
     found: list[Any] = [None] * len(values)

@@ -10,7 +10,7 @@ from typing import Any
 from procrastinate import App, JobContext, PsycopgConnector
 from psycopg.types.json import Json
 
-from peers.peer import LEASE, URL, Failed, Peer
+from peers.peer import LEASE, URL, Failed, TogetherPeer
 from peers.work import work_async
 
 _POLL = 0.01
@@ -41,7 +41,7 @@ if LEASE:  # its documentation has this for users to write
             await app.job_manager.retry_job(job)
 
 
-class Client(Peer):
+class Client(TogetherPeer):
     async def open(self) -> None:
         await app.open_async()
         await app.schema_manager.apply_schema_async()
@@ -55,12 +55,6 @@ class Client(Peer):
 
     async def submit_many(self, kind: str, values: Sequence[Any]) -> list[Any]:
         return await work.batch_defer_async(*({"kind": kind, "value": value} for value in values))
-
-    async def result(self, handle: Any, timeout: float) -> Any:
-        [found] = await self.results([handle], timeout)
-        if isinstance(found, Failed):
-            raise found
-        return found
 
     async def results(self, handles: Sequence[Any], timeout: float) -> list[Any]:
         found: dict[int, Any] = {}

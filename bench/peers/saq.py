@@ -10,7 +10,7 @@ from typing import Any
 from saq import Queue, Status
 from saq.job import TERMINAL_STATUSES
 
-from peers.peer import LEASE, URL, Failed, Peer, gather
+from peers.peer import LEASE, URL, Failed, TogetherPeer, gather
 from peers.work import work_async
 
 _POLL = 0.01
@@ -28,7 +28,7 @@ if LEASE:
     settings["timers"] = {"sweep": 1}
 
 
-class Client(Peer):
+class Client(TogetherPeer):
     async def open(self) -> None:
         await queue.connect()
 
@@ -42,12 +42,6 @@ class Client(Peer):
 
     async def submit_many(self, kind: str, values: Sequence[Any]) -> list[Any]:
         return await gather(lambda value: self.submit(kind, value), values)
-
-    async def result(self, handle: Any, timeout: float) -> Any:
-        [found] = await self.results([handle], timeout)
-        if isinstance(found, Failed):
-            raise found
-        return found
 
     async def results(self, handles: Sequence[Any], timeout: float) -> list[Any]:
         """As `Queue.map` waits. `Job.refresh(until_complete=…)` misses jobs that end before it listens."""

@@ -370,19 +370,19 @@ class Connection:
     def check_encoded(self, size: int) -> None:
         """See that a message whose body and encoded headers have this size can be sent."""
         if size > self._client.max_payload - HEADROOM:
-            raise exception.RequestSizeError(
-                f"a message of {size:,} bytes is above what the server takes ({self._client.max_payload:,})"
-            )
+            raise self._too_large(size)
+
+    def _too_large(self, size: int) -> exception.RequestSizeError:
+        return exception.RequestSizeError(
+            f"a message of {size:,} bytes is above what the server takes ({self._client.max_payload:,})"
+        )
 
     def _check_size(self, body: bytes, headers: Headers | None) -> None:
         if len(body) < self._client.max_payload // 2:
             return  # our own headers are a few KiB at most
         room = self.largest_body(headers)
         if len(body) > room:
-            size = len(body) + self._client.max_payload - HEADROOM - room
-            raise exception.RequestSizeError(
-                f"a message of {size:,} bytes is above what the server takes ({self._client.max_payload:,})"
-            )
+            raise self._too_large(len(body) + self._client.max_payload - HEADROOM - room)
 
     async def wait_able(self, timeout: float) -> float:
         """Wait until the server can be asked; returns what is left of the timeout.

@@ -147,7 +147,7 @@ class Line(Client):
             self._later.cancel()
             self._later = None
         if self._status == Client.CONNECTED and self._pending and self._transport is not None:
-            writer = getattr(self._transport, "_io_writer", None)
+            writer = self._writer
             if writer is not None and writer.is_closing():
                 return  # nats-py has not noticed yet; uvloop would raise
             pending, self._pending = self._pending, []
@@ -159,9 +159,14 @@ class Line(Client):
         await super()._send_ping(future)
 
     @property
+    def _writer(self) -> asyncio.StreamWriter | None:
+        """What nats-py writes with, where that is a socket."""
+        return getattr(self._transport, "_io_writer", None)
+
+    @property
     def is_full(self) -> bool:
         """Whether so much waits for the socket that who sends more should wait."""
-        writer = getattr(self._transport, "_io_writer", None)
+        writer = self._writer
         return writer is not None and writer.transport.get_write_buffer_size() > _FULL
 
     async def make_room(self) -> None:

@@ -36,9 +36,8 @@ class Several:
     # --- records -----------------------------------------------------------------------------------------------------
 
     async def put(self, record: CallRecord) -> None:
-        """Write down what a call is, and how far it got. Kept twice as long as its results."""
-        ttl = None if record.result_ttl is None else 2 * record.result_ttl
-        await self._bucket.put(record.call, record.encode(), ttl=ttl)
+        """Write down what a call is, and how far it got."""
+        await self._bucket.put(record.call, record.encode(), ttl=_lifetime(record))
 
     async def get(self, call: str) -> CallRecord | None:
         """What a call is; `None` where it has one input only, or is not known any more."""
@@ -81,7 +80,7 @@ class Several:
 
     async def renew(self, record: CallRecord, stored: Stored) -> None:
         """Keep a record for as long again, unless it was written anew meanwhile."""
-        await self._bucket.write(record.call, stored.body, last=stored.sequence)
+        await self._bucket.write(record.call, stored.body, last=stored.sequence, ttl=_lifetime(record))
 
     # --- their inputs ------------------------------------------------------------------------------------------------
 
@@ -106,8 +105,7 @@ class Several:
         stored = await self._bucket.get(record.call)
         if stored is not None and CallRecord.decode(stored.body).count is None:
             noted = replace(record, submitted=await self.inputs_of(record))
-            ttl = None if record.result_ttl is None else 2 * record.result_ttl
-            await self._bucket.write(record.call, noted.encode(), last=stored.sequence, ttl=ttl)
+            await self._bucket.write(record.call, noted.encode(), last=stored.sequence, ttl=_lifetime(record))
 
     async def is_being_submitted(self, record: CallRecord) -> bool:
         """Whether somebody who is alive adds inputs to it."""
@@ -160,6 +158,11 @@ class Several:
             dropped += await self._connection.delete_many(self._topology.calls, [stored.sequence for stored in page])
             sequence = page[-1].sequence
         return dropped
+
+
+def _lifetime(record: CallRecord) -> float | None:
+    """Seconds a record is kept: twice as long as its results; `None`: as long as any."""
+    return None if record.result_ttl is None else 2 * record.result_ttl
 
 
 def _decoded(found: Collection[Stored]) -> dict[str, CallRecord]:
