@@ -23,7 +23,7 @@ async def missing(packages: Sequence[str]) -> list[str]:
 
 async def install(packages: Sequence[str]) -> str:
     """Install packages, as root or by a `sudo` that asks nothing. Returns what apt-get said where that failed."""
-    apt = [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
+    apt = [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "/usr/bin/env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
     code, output = await run([*apt, *_INSTALL, *packages])
     if code:  # the lists may be old, or none
         await run([*apt, "update"])

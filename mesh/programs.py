@@ -21,6 +21,7 @@ _AS_UV_SAYS = {  # pip's settings: uv reads none of them, and a machine that is 
     "trusted-host": "UV_INSECURE_HOST",
     "cert": "SSL_CERT_FILE",
 }
+_NICENESS = 10
 _LONGEST_OUTPUT = 1 << 16  # bytes of it that are kept, the last ones
 
 
@@ -54,7 +55,7 @@ def _pip_files(own: Mapping[str, str]) -> dict[str, str]:
 async def run(command: Sequence[str], own: Mapping[str, str] | None = None, cwd: str | Path = "/") -> tuple[int, str]:
     """Run a program to its end; returns its exit code and what it printed. Cancelling kills it."""
     process = await asyncio.create_subprocess_exec(
-        *("nice", "-n", "10", *command),
+        *command,
         env=dict(variables() if own is None else own),
         cwd=cwd,
         stdin=asyncio.subprocess.DEVNULL,
@@ -63,6 +64,8 @@ async def run(command: Sequence[str], own: Mapping[str, str] | None = None, cwd:
         start_new_session=True,
     )
     assert process.stdout is not None
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        os.setpriority(os.PRIO_PGRP, process.pid, _NICENESS)
     output = b""
     try:
         while piece := await process.stdout.read(_LONGEST_OUTPUT):

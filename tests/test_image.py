@@ -258,7 +258,7 @@ def test_a_long_build_keeps_nobody_else_from_running(own_mesh: Callable[..., Mes
     app = mesh.deploy(
         HEAD.replace("WHEELS", wheels)
         + f"""
-    @app.function(image=base.run_commands("cat {gate} > /dev/null"))
+    @app.function(image=base.run_commands(": < {gate}"))
     def slow():
         return "slow"
 
@@ -268,7 +268,7 @@ def test_a_long_build_keeps_nobody_else_from_running(own_mesh: Callable[..., Mes
 """
     )
     calls = [app.slow.spawn() for _ in range(5)]
-    said = f"shop.slow waits for its image: cat {gate} > /dev/null"
+    said = f"shop.slow waits for its image: : < {gate}"
     until(lambda: calls[0].status().waiting_for == said, what="what is being built")
     assert app.quick.remote() == "quick"
     gate.write_text("")
@@ -285,7 +285,7 @@ def test_building_takes_no_longer_than_startup_timeout_and_goes_on_all_the_same(
     app = mesh.deploy(
         HEAD.replace("WHEELS", wheels)
         + f"""
-    @app.function(image=base.run_commands("cat {gate} > /dev/null"), startup_timeout=1)
+    @app.function(image=base.run_commands(": < {gate}"), startup_timeout=1)
     def slow():
         return "slow"
 """
@@ -383,7 +383,7 @@ exit 0
 """
 APT = """#!/bin/sh
 echo "$@" >> {0}/apt.log
-for name in "$@"; do [ "$name" = tesseract ] && touch {0}/installed/tesseract; done
+for name in "$@"; do [ "$name" = tesseract ] && : > {0}/installed/tesseract; done
 [ ! -e {0}/broken ] || {{ echo "E: Unable to locate package"; exit 100; }}
 """
 

@@ -18,7 +18,7 @@ from tests.support import Mesh, alive, new_mesh, until
 GRACE = 2.0  # seconds; short, for what ends only by being killed
 
 LATE = """
-    import asyncio, ctypes, mesh, os, re, subprocess, threading, time
+    import asyncio, ctypes, mesh, os, re, subprocess, sys, threading, time
     app = mesh.App("late")
 
     def note(path, text):
@@ -58,10 +58,10 @@ LATE = """
         lock.acquire()
 
     def waits_for_a_child():
-        subprocess.run(["sleep", "600"])
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])
 
     def system():
-        os.system("sleep 600")
+        os.system(f"{sys.executable} -c 'import time; time.sleep(600)'")
 
     @app.function(timeout=1)
     def late(path, how):

@@ -297,7 +297,7 @@ STARTING = """
 
     @app.function()
     async def async_program():
-        child = await asyncio.create_subprocess_exec("sh", "-c", "exit 7")
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", "raise SystemExit(7)")
         return await child.wait()
 
     @app.function()
