@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, TypeVar
 
 from mesh import context
+from mesh.exception import NotFoundError
 
 if TYPE_CHECKING:
     from mesh.broker import Broker
@@ -72,13 +73,25 @@ async def _wait(call: FunctionCall[R], broker: Broker, index: int) -> Result | N
     try:
         with context.waiting_in_mesh():
             while True:
-                record = await broker.several.get(call.object_id)
-                submitted = record is None or record.count is not None
+                found, missing = await _look(call, broker, index)
+                if found is not None:
+                    return found
+                record = await broker.several.get(call.object_id)  # after the look: its count is final
                 if record is not None and record.count is not None and index >= record.count:
                     return None
-                found = await call._look_quietly(broker, index)
-                found = found or await waiter.wait(_SUBMITTED_LOOK if submitted else _LOOK_AGAIN)
+                if missing is not None:
+                    raise missing
+                submitted = record is None or record.count is not None
+                found = await waiter.wait(_SUBMITTED_LOOK if submitted else _LOOK_AGAIN)
                 if found is not None:
                     return found
     finally:
         waiter.close()
+
+
+async def _look(call: FunctionCall[R], broker: Broker, index: int) -> tuple[Result | None, NotFoundError | None]:
+    """The result of an input if it is there, or why it cannot come."""
+    try:
+        return await call._look_quietly(broker, index), None
+    except NotFoundError as error:
+        return None, error

@@ -228,6 +228,22 @@ def test_an_input_that_comes_and_ends_between_two_looks_is_found(mesh: Mesh, mon
     assert found.state == "succeeded"
 
 
+def test_reading_ends_where_the_last_input_comes_between_two_looks(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, go, submitting = submitted_slowly(mesh, "many-last", 1)
+    read = Several.get
+
+    async def stale(several: Several, name: str) -> CallRecord | None:
+        """The record as it was just before the last input was submitted."""
+        monkeypatch.undo()
+        record = await read(several, name)
+        go.set()
+        await asyncio.to_thread(submitting.join)
+        return record
+
+    monkeypatch.setattr(Several, "get", stale)
+    assert list(call.iter(start=2)) == []
+
+
 def test_a_submitter_killed_half_way_leaves_a_call_that_can_be_read_and_cancelled(
     own_mesh: Callable[..., Mesh],
 ) -> None:
