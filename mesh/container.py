@@ -55,6 +55,8 @@ from mesh.runs import Assignment, Run, Runs
 logger = logging.getLogger("mesh.worker")
 
 FORCE_AFTER = 5.0  # seconds after which a cancelled task that blocks its loop is interrupted; half the grace at most
+# Seconds after which an interrupt is sent again: one that comes just before code blocks in C is seen with the next.
+_INTERRUPT_AGAIN = 0.1, 1.0
 _LOOK_AGAIN = 1.0  # seconds between looks whether an input that is due has begun at all
 _LAST_WORDS = 1.0  # seconds to read what a container wrote before it ended
 _LAPSED = "its slot could not be kept"
@@ -346,12 +348,18 @@ class Container:
         run.interrupted = True
         for member in run.members:
             member.stopped = member.stopped or reason
-            self._signal(Cancel(member.work.seq, False))
+        self._name(run)
         force = Cancel(run.members[0].work.seq, True)
         run.timers += [
+            *(self._loop.call_later(delay, self._name, run) for delay in _INTERRUPT_AGAIN),
             self._loop.call_later(min(FORCE_AFTER, self._cancel_grace / 2), self._signal, force),
             self._loop.call_later(self._cancel_grace, self._go_on_without, run, reason),
         ]
+
+    def _name(self, run: Run) -> None:
+        """Have it interrupted, which happens once however often it is named."""
+        for member in run.members:
+            self._signal(Cancel(member.work.seq, False))
 
     def _go_on_without(self, run: Run, reason: str) -> None:
         """What cannot be interrupted ends with its process: now, or, for their sake, when the others have ended."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -54,8 +56,8 @@ class Listener:
         self.said.append(exit.text)
 
 
-def start_frame() -> Start:
-    code = Code(pickled=serialization.dumps(len))
+def start_frame(function: Callable[..., object] = len) -> Start:
+    code = Code(pickled=serialization.dumps(function))
     return Start(
         app="a",
         function="f",
@@ -69,6 +71,11 @@ def start_frame() -> Start:
         result_limit=1 << 20,
         max_inputs=1,
     )
+
+
+def assignment(seq: int, argument: object) -> Assignment:
+    format, body = serialization.encode_arguments((argument,), {})
+    return Assignment(Work(seq, "fc-1", 0, 1, "", format, body, True, "", False), None, 60.0)
 
 
 async def test_a_container_is_stopped_and_killed_before_it_is_started(nursery: Nursery) -> None:
@@ -121,10 +128,8 @@ async def test_an_input_that_has_run_is_not_given_back(nursery: Nursery) -> None
     async with asyncio.timeout(60):
         while "ready" not in listener.said:
             await asyncio.sleep(0.01)
-    format, body = serialization.encode_arguments((["one"],), {})
     for seq in (1, 2):
-        work = Work(seq, "fc-1", 0, 1, "", format, body, True, "", False)
-        container.run(Assignment(work, None, 60.0))
+        container.run(assignment(seq, ["one"]))
     await asyncio.sleep(0)
     time.sleep(1.0)
     container.take_back()
@@ -132,5 +137,35 @@ async def test_an_input_that_has_run_is_not_given_back(nursery: Nursery) -> None
         while container.load:
             await asyncio.sleep(0.01)
     assert listener.said == ["ready", "outcome", "outcome"]
+    container.kill("the test is over")
+    await container.ended()
+
+
+async def test_an_interrupt_that_was_not_seen_is_sent_again(
+    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPython sees a signal that comes just before code blocks in C, in `time.sleep`, only with the next one."""
+
+    def misses_one(begun: str) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        Path(begun).touch()
+        signal.sigwait([signal.SIGUSR1])  # takes it away, as if it had come a moment too early
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        time.sleep(600)
+
+    monkeypatch.setattr("mesh.container.FORCE_AFTER", 1000.0)
+    listener = Listener()
+    container = Container("c", listener, 10_000, MemoryWatch(), nursery)  # whose grace nobody waits for
+    await container.start(start_frame(misses_one), environment({}, {}), 60, None)
+    begun = tmp_path / "begun"
+    given = assignment(1, str(begun))
+    container.run(given)
+    async with asyncio.timeout(60):
+        while not begun.exists():
+            await asyncio.sleep(0.01)
+        container.cancel(given, "the test")
+        while container.load:
+            await asyncio.sleep(0.01)
+    assert listener.said == ["ready", "outcome"]
     container.kill("the test is over")
     await container.ended()

@@ -16,7 +16,7 @@ from mesh import Function, FunctionCall, client
 from mesh.broker import Broker
 from mesh.exception import DeprecationError, ExecutionError, InvalidError, RemoteError, SerializationError
 from mesh.map import LIMIT
-from tests.support import Mesh, until
+from tests.support import Ledger, Mesh, until
 
 JOBS = """
     import mesh, os, time
@@ -133,6 +133,11 @@ def open_inputs(mesh: Mesh, app: str) -> int:
 def nothing_is_left(mesh: Mesh, app: str) -> None:
     """Soon: well before a caller would be missed, which ends everything too."""
     until(lambda: open_inputs(mesh, app) == 0, mesh.settings.caller_silence / 2, f"the inputs of {app} end")
+
+
+def words(ledger: Ledger, first: str) -> list[str]:
+    """What stands behind a word in a ledger."""
+    return [line.split()[1] for line in ledger.lines() if line.startswith(first)]
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -257,10 +262,9 @@ def test_the_first_failure_is_raised_and_ends_the_rest(mesh: Mesh) -> None:
         list(module.fails_at_3.map(itertools.repeat(path), range(40)))
     assert "in fails_at_3" in caught.value.__notes__[0]
     nothing_is_left(mesh, "map-failure")
-    lines = mesh.ledger("map-failure").lines()
-    began = [line.split()[1] for line in lines if line.startswith("begin")]
+    began, caught = words(mesh.ledger("map-failure"), "begin"), lambda: words(mesh.ledger("map-failure"), "caught")
     assert len(began) < 39
-    assert {line.split()[1] for line in lines if line.startswith("caught")} == set(began)
+    until(lambda: set(caught()) == set(began), what="all that began has been interrupted")
 
 
 def test_values_come_before_a_failure_is_raised(mesh: Mesh) -> None:
@@ -438,8 +442,8 @@ def test_what_is_left_ends_in_the_queue_and_in_the_worker(own_mesh: Callable[...
     nothing_is_left(mesh, "map-left")
 
     def nothing_runs() -> bool:
-        begun = {line.split()[1] for line in mesh.ledger().lines() if line.startswith("begin")} - {"0"}
-        ended = {line.split()[1] for line in mesh.ledger().lines() if line.startswith("caught")}
+        begun = set(words(mesh.ledger(), "begin")) - {"0"}
+        ended = set(words(mesh.ledger(), "caught"))
         return begun == ended and not any(w.running for w in mesh.ask(lambda broker: broker.workers.all()))
 
     until(nothing_runs, mesh.settings.caller_silence / 2)
